@@ -1,0 +1,1 @@
+"""The optional scheduler; placement for preheat and persistent cache tasks."""

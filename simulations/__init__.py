@@ -1,0 +1,1 @@
+"""The same swarm code over a simulated network and a virtual clock."""
