@@ -11,6 +11,7 @@ import enum
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -454,6 +455,18 @@ class StoredTask(Protocol):
 
     async def complete_with(self, digest: Digest) -> None:
         """Sync the content to disk, then mark it complete under its own id and as the blob of `digest`."""
+        ...
+
+    async def verify(self) -> list[int]:
+        """Hash, in a thread, what this process has not checked yet or what changed on disk since; the rotten pieces.
+
+        They are dropped and told as in `slice`.  Await it before handing out `open_read_only` of content from an earlier run.
+        """
+        ...
+
+    @property
+    def path(self) -> Path | None:
+        """Where the bytes are (for a hard link); `None` if they are in memory."""
         ...
 
     def open_read_only(self) -> int:

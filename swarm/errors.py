@@ -99,6 +99,14 @@ class StoreTooNew(StoreError):
     """A newer swarm wrote this data directory."""
 
 
+class TargetError(SwarmError):
+    """The output file cannot be written where it was asked for; the message says why."""
+
+
+class TargetExists(TargetError):
+    """There is something under the name of the output file already."""
+
+
 class ConfigError(SwarmError):
     """A setting or an argument is wrong; the message names it and says what to change."""
 
