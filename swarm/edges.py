@@ -222,7 +222,13 @@ class PeerEvents(Protocol):
 
     def link_up(self, link: PeerLink) -> None: ...
     def link_down(self, link: PeerLink, reason: str) -> None: ...
-    def message_received(self, link: PeerLink, message: wire.TaskMessage) -> None: ...
+    def message_received(self, link: PeerLink, message: wire.TaskMessage) -> None:
+        """A control message.
+
+        Raises:
+            RemoteProtocolError: The peer broke the protocol; the link is to be dropped.
+        """
+        ...
 
     def piece_started(self, link: PeerLink, started: Started) -> bool:
         """Header of an ok reply.  `False` refuses the bytes: the channel is closed and the peer has failed."""

@@ -116,7 +116,10 @@ class Hello(Struct, frozen=True, tag_field="t", tag="hello"):
 
 
 class Join(Struct, frozen=True, tag_field="t", tag="join", omit_defaults=True):
-    """I take part in this task and hold these pieces.  `reply` asks the other side for its own `Join` (or `Leave`)."""
+    """I take part in this task and hold these pieces.
+
+    `reply` asks the other side for its own `Join` (or `Leave`); `reads` is false for a member that may not read the origin.
+    """
 
     task: Bytes32
     length: Length
@@ -126,6 +129,7 @@ class Join(Struct, frozen=True, tag_field="t", tag="join", omit_defaults=True):
     seal: Signed | None = None
     reply: bool = False
     private: bool = False
+    reads: bool = True
 
 
 class Ask(Struct, frozen=True, tag_field="t", tag="ask"):
@@ -291,6 +295,13 @@ def encode_frame(messages: list[Message]) -> bytes:
     if len(frame) > MAX_FRAME_BYTES:
         raise LocalProtocolError(f"control frame of {len(frame)} bytes")
     return frame
+
+
+def join_frame(encoded: list[bytes]) -> bytes:
+    """One control frame of messages that `encode` has already encoded; at most 1,024 of them."""
+    count = len(encoded)
+    header = bytes((0x80 | count,)) if count < 24 else bytes((0x98, count)) if count < 256 else b"\x99" + count.to_bytes(2, "big")
+    return header + b"".join(encoded)
 
 
 _FRAME = Annotated[list[Message], Meta(max_length=1024)]

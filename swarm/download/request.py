@@ -43,7 +43,7 @@ class Progress:
     from_local: int
     peers: int
     phase: str
-    """"resolving", "finding", "fetching", "checking", "done"."""
+    """One of resolving, finding, fetching, checking, done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,13 @@ class Fetched:
     """The numbers of a finished fetch.
 
     Attributes:
+        digest: Content digest; `None` where only a range was fetched.
         why_origin: Pieces read from the origin, by reason (`rendezvous`, `alone`, `progress`, ...).
         seconds: The daemon's own, from the request to complete and verified.
     """
 
     task_id: bytes
-    digest: Digest
+    digest: Digest | None
     length: int
     seconds: float
     from_origin: int

@@ -1,0 +1,178 @@
+"""Who reads which piece from the origin: rendezvous order, claims with leases, strikes.  No I/O, no clock.
+
+Participants: the *candidates* (the live members nearest to the task key, us among them where we are near enough).
+Goal: each piece is read from the origin once, without a coordinator, however many nodes want it.  Non-goal: agreement;
+two nodes that see different members read a piece twice now and then, and nothing else goes wrong.
+
+Rendezvous hashing after Thaler and Ravishankar, "A Name-Based Mapping Scheme for Rendezvous" (1996).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from swarm.download.policy import Policy
+
+NodeId = bytes
+
+WHOLE = -1
+"""The piece number that claims the content as a whole."""
+
+
+def score(node_id: NodeId, task_id: bytes, piece: int) -> int:
+    """The rendezvous weight of a node for a piece; the highest reads it."""
+    data = node_id + task_id + (piece & 0xFFFFFFFF).to_bytes(4, "big")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+class Rendezvous:
+    """Which candidate each piece falls to, recomputed only when the candidates change."""
+
+    def __init__(self, task_id: bytes, piece_count: int) -> None:
+        self._task_id = task_id
+        self._piece_count = piece_count
+        self._scores: dict[NodeId, list[int]] = {}
+        self._candidates: tuple[NodeId, ...] = ()
+        self._owners: list[NodeId] = []
+
+    def score(self, node_id: NodeId, piece: int) -> int:
+        if piece == WHOLE:
+            return score(node_id, self._task_id, WHOLE)
+        return self._scores_of(node_id)[piece]
+
+    def owners(self, candidates: Sequence[NodeId]) -> list[NodeId]:
+        """Owner of each piece among `candidates` (not empty)."""
+        key = tuple(candidates)
+        if key != self._candidates:
+            self._candidates = key
+            columns = [self._scores_of(node_id) for node_id in key]
+            self._owners = [
+                key[max(range(len(key)), key=lambda column: columns[column][piece])] for piece in range(self._piece_count)
+            ]
+            # A peer may come and go for ever; only the present candidates' scores are worth their memory.
+            self._scores = {node_id: column for node_id, column in self._scores.items() if node_id in key}
+        return self._owners
+
+    def _scores_of(self, node_id: NodeId) -> list[int]:
+        scores = self._scores.get(node_id)
+        if scores is None:
+            scores = [score(node_id, self._task_id, piece) for piece in range(self._piece_count)]
+            self._scores[node_id] = scores
+        return scores
+
+
+@dataclass(slots=True)
+class Claim:
+    owner: NodeId
+    since: float
+    expires: float
+    seq: int
+    renewals: int = 0
+
+
+class ClaimBook:
+    """Other nodes' claims on one task.
+
+    Only claims whose signature was checked come here, so a strike always follows from what its bearer signed.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._claims: dict[int, Claim] = {}
+        self._strikes: dict[NodeId, int] = {}
+        self._read_times: dict[NodeId, float] = {}
+        self._seqs: dict[tuple[NodeId, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._claims)
+
+    def get(self, piece: int) -> Claim | None:
+        return self._claims.get(piece)
+
+    def pieces(self) -> Iterable[int]:
+        return self._claims.keys()
+
+    def owners(self) -> Iterator[NodeId]:
+        return (claim.owner for claim in self._claims.values())
+
+    def struck_out(self, owner: NodeId) -> bool:
+        return self._strikes.get(owner, 0) >= self._policy.strikes
+
+    def accept(self, piece: int, owner: NodeId, lease: float, seq: int, wins: bool, now: float) -> bool:
+        """Note a claim.
+
+        Args:
+            wins: Whether `owner` ranks at least as high for this piece as the present claim's owner.
+
+        Returns:
+            Whether it was new; an old one, one of a struck-out owner, or one too many is ignored.
+        """
+        if self.struck_out(owner) or seq <= self._seqs.get((owner, piece), -1):
+            return False
+        self._seqs[owner, piece] = seq
+        present = self._claims.get(piece)
+        renewals = 0
+        if present is not None and present.owner == owner:
+            renewals = present.renewals + 1
+            if renewals > self._policy.lease_renewals:
+                return False
+        elif sum(claim.owner == owner for claim in self._claims.values()) >= self._policy.claims_per_owner:
+            return False
+        elif present is not None and not wins:
+            return True
+        since = now if present is None or present.owner != owner else present.since
+        self._claims[piece] = Claim(owner, since, now + lease + self._policy.lease_slack, seq, renewals)
+        return True
+
+    def delivered(self, owner: NodeId, piece: int, now: float) -> None:
+        """`owner` says it has `piece`: its claim is done.  Anybody else's claim on it is kept: that one may be alone alive."""
+        whole = self._claims.get(WHOLE)
+        if whole is not None and whole.owner == owner:
+            whole.renewals = 0
+        claim = self._claims.get(piece)
+        if claim is None or claim.owner != owner:
+            return
+        del self._claims[piece]
+        took = now - claim.since
+        before = self._read_times.get(owner)
+        self._read_times[owner] = took if before is None else 0.7 * before + 0.3 * took
+
+    def held(self, piece: int) -> None:
+        """We hold and verified the piece ourselves; a claim on it says nothing any more and is no reason for a strike."""
+        self._claims.pop(piece, None)
+
+    def give_up(self, owner: NodeId, pieces: Iterable[int]) -> None:
+        """The owner took claims back."""
+        for piece in pieces:
+            claim = self._claims.get(piece)
+            if claim is not None and claim.owner == owner:
+                del self._claims[piece]
+
+    def died(self, owner: NodeId) -> None:
+        self.give_up(owner, [piece for piece, claim in self._claims.items() if claim.owner == owner])
+
+    def expire(self, now: float) -> int:
+        """Drop overdue claims and strike their owners; returns how many there were."""
+        overdue = [piece for piece, claim in self._claims.items() if claim.expires <= now]
+        for piece in overdue:
+            owner = self._claims.pop(piece).owner
+            self._strikes[owner] = self._strikes.get(owner, 0) + 1
+        return len(overdue)
+
+    def next_expiry(self) -> float:
+        return min((claim.expires for claim in self._claims.values()), default=float("inf"))
+
+    def read_times(self) -> dict[NodeId, float]:
+        """Mean claim-to-have seconds by owner."""
+        return self._read_times
+
+
+def slow(times: dict[NodeId, float], policy: Policy) -> set[NodeId]:
+    """Who takes more than `slow_factor` medians; nobody while fewer than three were measured."""
+    if len(times) < 3:
+        return set()
+    bound = policy.slow_factor * statistics.median(times.values())
+    return {owner for owner, took in times.items() if took > bound}

@@ -1,0 +1,112 @@
+"""Which members of a task are known, and whom to dial.  No I/O, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from random import Random
+
+from swarm.download.policy import Policy
+from swarm.edges import NodeId, Provider
+from swarm.identity import node_id_of
+
+MAX_KNOWN = 512
+"""Members remembered per task; the nearest and the most recent suffice to find the others."""
+
+MAX_SEEN_CLAIMS = 8192
+MAX_FAILURES = 3
+RECORDS_TOLD = 16
+"""Records in one `peers` message: about 5 KiB."""
+
+
+class Members:
+    """Known members of one task.  Known is not linked, and says nothing about honesty."""
+
+    def __init__(self, me: NodeId, task_key: bytes, policy: Policy) -> None:
+        self._me = me
+        self._key = int.from_bytes(task_key, "big")
+        self._policy = policy
+        self._known: dict[NodeId, Provider] = {}
+        self._failures: dict[NodeId, int] = {}
+        self._seen_claims: dict[bytes, None] = {}
+        self._ids: dict[bytes, NodeId] = {}
+        self.dialling: set[NodeId] = set()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def learn(self, found: Iterable[Provider]) -> None:
+        for provider in found:
+            if provider.node_id != self._me:
+                self._known.pop(provider.node_id, None)
+                self._known[provider.node_id] = provider
+        while len(self._known) > MAX_KNOWN:
+            del self._known[next(iter(self._known))]
+
+    def failed(self, node_id: NodeId) -> None:
+        """A dial failed; after a few it is no longer tried."""
+        self._failures[node_id] = self._failures.get(node_id, 0) + 1
+
+    def to_dial(self, linked: set[NodeId]) -> list[Provider]:
+        """Whom to connect to now.
+
+        The mesh first: a node among the nearest connects to all the nearest it knows of.  Then others, until there are
+        enough neighbours.
+        """
+        reachable = [
+            provider
+            for node_id, provider in self._known.items()
+            if node_id not in self.dialling and self._failures.get(node_id, 0) < MAX_FAILURES
+        ]
+        ranked = sorted(reachable, key=lambda provider: self._distance(provider.node_id))
+        nearer = sum(self._distance(provider.node_id) < self._distance(self._me) for provider in ranked)
+        chosen = ranked[: self._policy.mesh] if nearer < self._policy.mesh else []
+        chosen = [provider for provider in chosen if provider.node_id not in linked]
+        spare = self._policy.neighbours - len(linked) - len(self.dialling) - len(chosen)
+        if spare > 0:
+            taken = {provider.node_id for provider in chosen}
+            # Most recently learned first: they are the likeliest to be alive.
+            others = [p for p in reversed(reachable) if p.node_id not in linked and p.node_id not in taken]
+            chosen += others[:spare]
+        return chosen
+
+    def records(self, receiver: NodeId, rng: Random) -> list[bytes]:
+        """Signed records to pass to a new neighbour: the nearest, and some others."""
+        ranked = sorted(
+            (p for p in self._known.values() if p.record and p.node_id != receiver and not self._failures.get(p.node_id)),
+            key=lambda provider: self._distance(provider.node_id),
+        )
+        near, rest = ranked[: RECORDS_TOLD // 2], ranked[RECORDS_TOLD // 2 :]
+        chosen = [*near, *rng.sample(rest, min(len(rest), RECORDS_TOLD - len(near)))]
+        return [provider.record for provider in chosen]
+
+    def claim_seen(self, signature: bytes) -> bool:
+        """Whether this very claim came before; notes it.  Spares a signature check for each further relay."""
+        if signature in self._seen_claims:
+            return True
+        if len(self._seen_claims) >= MAX_SEEN_CLAIMS:
+            del self._seen_claims[next(iter(self._seen_claims))]
+        self._seen_claims[signature] = None
+        return False
+
+    def forget_claim(self, signature: bytes) -> None:
+        self._seen_claims.pop(signature, None)
+
+    def knows(self, node_id: NodeId) -> bool:
+        return node_id in self._known
+
+    def remember_key(self, node_id: NodeId, public_key: bytes) -> None:
+        self._ids[public_key] = node_id
+
+    def key_of(self, node_id: NodeId) -> bytes:
+        """The public key behind an id that was met before; empty if it was not."""
+        return next((key for key, known in self._ids.items() if known == node_id), b"")
+
+    def id_of(self, public_key: bytes) -> NodeId:
+        """`node_id_of`, remembered."""
+        node_id = self._ids.get(public_key)
+        if node_id is None:
+            node_id = self._ids[public_key] = node_id_of(public_key)
+        return node_id
+
+    def _distance(self, node_id: NodeId) -> int:
+        return int.from_bytes(node_id, "big") ^ self._key

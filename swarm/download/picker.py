@@ -1,0 +1,164 @@
+"""Which piece to ask of which neighbour.  No I/O, no clock, randomness injected.
+
+The asker spreads its requests (rarest first, `queued` at each neighbour); the server picks among everybody's requests.
+The simulations found that the server's choice matters and the asker's hardly does, as long as every server has something
+to choose from: hence requests at all neighbours at once, withdrawn elsewhere when one of them starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from swarm.download.policy import Policy
+from swarm.pieces import PieceSet, indices
+
+NodeId = bytes
+
+RAREST_SAMPLE = 64
+"""Candidates compared for rarity; a sample keeps the choice cheap for content of thousands of pieces."""
+
+
+@dataclass(slots=True)
+class Neighbour:
+    """A linked member of the task.
+
+    Attributes:
+        queued: Pieces requested of it that have not started.
+        arriving: Pieces it is sending us.
+        untold: Pieces we hold that it was not told of, because it holds them too.
+        last_spread: When a piece it had alone was last seen elsewhere.
+    """
+
+    node_id: NodeId
+    distance: int
+    held: PieceSet
+    reads_origin: bool = True
+    complete: bool = False
+    queued: set[int] = field(default_factory=set)
+    arriving: set[int] = field(default_factory=set)
+    untold: list[int] = field(default_factory=list)
+    paused_until: float = 0.0
+    failures: int = 0
+    last_spread: float = 0.0
+
+
+@dataclass(slots=True)
+class Requests:
+    """What is on its way to us.
+
+    Attributes:
+        arriving: Piece -> neighbours whose transfer has started.
+        queued: Piece -> neighbours where it waits.
+    """
+
+    arriving: dict[int, set[NodeId]] = field(default_factory=dict)
+    queued: dict[int, set[NodeId]] = field(default_factory=dict)
+
+    def add(self, neighbour: Neighbour, piece: int) -> None:
+        neighbour.queued.add(piece)
+        self.queued.setdefault(piece, set()).add(neighbour.node_id)
+
+    def started(self, neighbour: Neighbour, piece: int) -> None:
+        self._unqueue(neighbour, piece)
+        neighbour.arriving.add(piece)
+        self.arriving.setdefault(piece, set()).add(neighbour.node_id)
+
+    def ended(self, neighbour: Neighbour, piece: int) -> None:
+        """The request was answered, refused, cancelled or lost."""
+        self._unqueue(neighbour, piece)
+        neighbour.arriving.discard(piece)
+        holders = self.arriving.get(piece)
+        if holders is not None:
+            holders.discard(neighbour.node_id)
+            if not holders:
+                del self.arriving[piece]
+
+    def _unqueue(self, neighbour: Neighbour, piece: int) -> None:
+        neighbour.queued.discard(piece)
+        holders = self.queued.get(piece)
+        if holders is not None:
+            holders.discard(neighbour.node_id)
+            if not holders:
+                del self.queued[piece]
+
+
+def choose_requests(
+    neighbours: Sequence[Neighbour],
+    missing: PieceSet,
+    requests: Requests,
+    counts: Sequence[int],
+    policy: Policy,
+    rng: Random,
+    now: float,
+    *,
+    fetching: bool,
+    first: Sequence[int] = (),
+) -> list[tuple[Neighbour, int]]:
+    """Pieces to ask for now, already entered in `requests`.
+
+    Args:
+        missing: Pieces wanted, not held, and not being read from the origin by us.
+        counts: How many neighbours hold each piece.
+        fetching: Whether we read anything from the origin at the moment.
+        first: Pieces a reader waits for, most urgent first; they go before rarity.
+    """
+    if len(requests.arriving) >= policy.arriving:
+        return []
+    chosen: list[tuple[Neighbour, int]] = []
+    wanted = missing.copy()
+    for under_way in requests.arriving:
+        wanted[under_way] = False
+    fresh = wanted.copy()
+    for waiting in requests.queued:
+        fresh[waiting] = False
+    order = [n for n in neighbours if len(n.queued) < policy.queued and n.paused_until <= now]
+    rng.shuffle(order)
+    busy = fetching or bool(requests.arriving)
+    for neighbour in order:
+        while len(neighbour.queued) < policy.queued:
+            available = fresh & neighbour.held
+            piece = _pick(available, counts, rng, first)
+            if piece is None and not neighbour.queued:
+                piece = _pick_endgame(wanted & neighbour.held, requests, neighbour, counts, policy, rng, busy=busy, first=first)
+            if piece is None:
+                break
+            fresh[piece] = False
+            requests.add(neighbour, piece)
+            chosen.append((neighbour, piece))
+    return chosen
+
+
+def _pick(available: PieceSet, counts: Sequence[int], rng: Random, first: Sequence[int]) -> int | None:
+    count = available.count()
+    if not count:
+        return None
+    for urgent in first:
+        if available[urgent]:
+            return urgent
+    candidates = list(indices(available))
+    if count > RAREST_SAMPLE:
+        candidates = rng.sample(candidates, RAREST_SAMPLE)
+    rarest = min(counts[piece] for piece in candidates)
+    return rng.choice([piece for piece in candidates if counts[piece] == rarest])
+
+
+def _pick_endgame(
+    available: PieceSet,
+    requests: Requests,
+    neighbour: Neighbour,
+    counts: Sequence[int],
+    policy: Policy,
+    rng: Random,
+    *,
+    busy: bool,
+    first: Sequence[int],
+) -> int | None:
+    """Ask again for something that waits elsewhere: whoever starts first sends it."""
+    bound = policy.endgame_holders if busy else policy.endgame_holders_starving
+    for candidate in list(indices(available)):
+        holders = requests.queued.get(candidate, ())
+        if len(holders) >= bound or neighbour.node_id in holders:
+            available[candidate] = False
+    return _pick(available, counts, rng, first)

@@ -1,0 +1,103 @@
+"""Every number of the exchange policy, with its source.
+
+"simulated" refers to `docs/design/exchange.md`; the benchmarks confirm or correct them on real hosts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarm.task import Geometry
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Numbers of the exchange.  Times are seconds."""
+
+    candidates: int = 8
+    """Members nearest to the task key that read the origin; 4-16 are alike, 1 costs a third of the time (simulated)."""
+
+    mesh: int = 24
+    """The nearest members connect to one another; a mesh as small as the candidates cost 1.6 copies (simulated)."""
+
+    neighbours: int = 16
+    """Links every node wants; 8 to 32 are within noise, messages grow with it (simulated)."""
+
+    settle: float = 0.1
+    """Between announcing and the first origin read, so that newcomers see one another; 0 to 0.3 alike in copies."""
+
+    settle_bound: float = 1.5
+    """A dial that has not answered by then holds nobody up."""
+
+    stream_budget: int = 8
+    """Origin reads at once over all candidates."""
+
+    streams_alone: int = 4
+    """At most so many at one node; one stream leaves a gap of a round trip between pieces."""
+
+    backlog: int = 2
+    """Own pieces nobody else has yet, at which a node stops reading the origin until they have spread."""
+
+    lease_first: float = 3.0
+    lease_least: float = 1.0
+    lease_rate: int = 256 * 1024
+    """First lease: max(3 s, piece / 256 KiB/s); later 4 x the owner's mean read time, between 1 s and that."""
+
+    lease_slack: float = 0.5
+    """Granted by everybody but the owner: the way of the claim and of the `have` that answers it."""
+
+    lease_renewals: int = 3
+    """A claim whose owner makes real progress may be renewed so often; a trickle may not."""
+
+    strikes: int = 2
+    """Expired leases after which a node's claims are ignored for the task."""
+
+    claims_per_owner: int = 6
+    """Streams + 2: more live claims than an owner can read at once are a grab."""
+
+    slow_factor: float = 3.0
+    """A candidate whose claim-to-have times are this many medians steps down."""
+
+    progress_lease: float = 6.0
+    progress_lease_small: float = 2.0
+    small_content: int = 8 * MIB
+    progress_stagger: float = 0.5
+    """Per rank, so that they do not all fire together (13 readers, 2.67 copies in one simulated run without)."""
+
+    stuck_holder: float = 4.0
+    stuck_piece_times: float = 24.0
+    """A piece at one holder that spreads nothing for max(4 s, 24 piece times); 2 s fires on healthy nodes (1.13 copies)."""
+
+    arriving: int = 4
+    """Pieces arriving at once; 2 to 8 alike."""
+
+    queued: int = 2
+    """Requests queued at each neighbour; 1 costs 7 % of the time."""
+
+    endgame_holders: int = 3
+    endgame_holders_starving: int = 16
+
+    have_batch: float = 0.1
+    """Batching of `have` for pieces that several neighbours hold already."""
+
+    have_rare: int = 2
+    """Pieces that at most so many neighbours hold are told at once."""
+
+    have_late: float = 1.0
+    """Batching of `have` towards neighbours that hold the piece themselves: it only refines their rarity counts."""
+
+    tick: float = 0.5
+    """How often decisions that depend on time alone are looked at."""
+
+    peer_failures: int = 3
+    """Refusals and missed deadlines in a row after which a neighbour is not asked for a while (libtorrent: 3)."""
+
+    peer_pause: float = 10.0
+
+    def first_lease(self, geometry: Geometry) -> float:
+        return max(self.lease_first, geometry.piece_length / self.lease_rate)
+
+    def progress_after(self, geometry: Geometry) -> float:
+        return self.progress_lease_small if geometry.length < self.small_content else self.progress_lease
