@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from swarm.errors import ConfigError
@@ -31,18 +33,31 @@ def read_private(path: Path, *, max_bytes: int, follow_links: bool = True) -> by
         raise
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{path} is not a regular file")
-        forbidden = 0o037 if status.st_uid == 0 else 0o077
-        if status.st_mode & forbidden:
-            mode = stat.S_IMODE(status.st_mode)
-            raise ConfigError(f"{path} holds a secret and is open to others (mode {mode:04o}); run: chmod 600 {path}")
-        data = file.read(max_bytes + 1)
+    try:
+        _check_private(path, os.fstat(descriptor))
+        data = _read(descriptor, max_bytes + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
     if len(data) > max_bytes:
         raise ConfigError(f"{path} is longer than {max_bytes} bytes; it is not what it should be")
     return data
+
+
+def _check_private(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{path} is not a regular file")
+    if status.st_mode & (0o037 if status.st_uid == 0 else 0o077):
+        mode = stat.S_IMODE(status.st_mode)
+        raise ConfigError(f"{path} holds a secret and is open to others (mode {mode:04o}); run: chmod 600 {path}")
+
+
+def _read(descriptor: int, length: int) -> bytes:
+    data = bytearray()
+    while chunk := os.read(descriptor, length - len(data)):
+        data += chunk
+    return bytes(data)
 
 
 def read_public(path: Path, *, max_bytes: int) -> bytes:
@@ -64,6 +79,27 @@ def read_public(path: Path, *, max_bytes: int) -> bytes:
     return data
 
 
+@contextmanager
+def locked(directory: Path) -> Iterator[int]:
+    """Hold the lock of a directory, waiting for it; gives its descriptor.  For one writer at a time, readers need none.
+
+    Raises:
+        ConfigError: There is no such directory, or its file system has no locks.
+    """
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"cannot open the directory {directory}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ConfigError(f"cannot lock the directory {directory}: {error.strerror}") from error
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def create(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Write a new file that is either complete, on disk and there, or not there at all.
 
@@ -75,15 +111,11 @@ def create(path: Path, data: bytes, mode: int = 0o600) -> None:
         ConfigError: It cannot be written.
     """
     try:
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX)
+        with locked(path.parent) as directory:
             if os.path.lexists(path):
                 raise FileExistsError(path)
             _write_and_rename(path, data, mode)
             os.fsync(directory)
-        finally:
-            os.close(directory)
     except FileExistsError:
         raise
     except OSError as error:
