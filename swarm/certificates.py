@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,15 @@ _SKIPPED_BY_CHECKS: Final = frozenset(
     }
 )
 """Critical extensions that are checked here, or restrict nothing we do.  Any other one must be refused (RFC 5280, 4.2)."""
+
+_PARSE_ERRORS: Final = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 _HASHES: Final = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
 _NODE_URI: Final = re.compile(r"swarm://node/([0-9a-f]{40})")
@@ -90,9 +100,10 @@ class Authority:
     Attributes:
         network_id: SHA-256 of its public key (DER): a renewed certificate of the same key is the same network.
         certificate: DER.
+        name: Its common name, for people.
     """
 
-    __slots__ = ("_certificate", "certificate", "key", "network_id", "not_after", "not_before")
+    __slots__ = ("_certificate", "certificate", "key", "name", "network_id", "not_after", "not_before")
 
     def __init__(self, certificate: x509.Certificate) -> None:
         """Check that it can be an authority.
@@ -102,6 +113,7 @@ class Authority:
         """
         with _malformed(ConfigError, "the authority's certificate"):
             key = _check_authority(certificate)
+            self.name = _common_name(certificate.subject)
         self._certificate = certificate
         self.key = key
         self.certificate = certificate.public_bytes(serialization.Encoding.DER)
@@ -109,11 +121,6 @@ class Authority:
         self.network_id = hashlib.sha256(spki).digest()
         self.not_before = certificate.not_valid_before_utc.timestamp()
         self.not_after = certificate.not_valid_after_utc.timestamp()
-
-    @property
-    def name(self) -> str:
-        """The common name, for people."""
-        return _common_name(self._certificate.subject)
 
     @property
     def parsed(self) -> x509.Certificate:
@@ -236,10 +243,15 @@ def render_certificate(der: bytes) -> bytes:
 
 @contextmanager
 def _malformed(error_type: type[ConfigError] | type[NotAMember], what: str) -> Iterator[None]:
-    """Extensions are parsed when they are asked for, so every look at a certificate may find it malformed."""
+    """Extensions are parsed when they are asked for, so every look at a certificate may find it malformed.
+
+    `cryptography` warns about oddities that do not matter here; a stranger's certificate must not print anything.
+    """
     try:
-        yield
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except _PARSE_ERRORS as error:
         raise error_type(f"{what} is malformed: {error}") from error
 
 
@@ -267,6 +279,8 @@ def _read_member(certificate: x509.Certificate, der: bytes) -> Member:
     public_key = key.public_bytes_raw()
     if is_weak_key(public_key):
         raise NotAMember("its key is one under which anybody can sign")
+    if certificate.serial_number <= 0:
+        raise NotAMember("its certificate has no positive serial number")
     extensions = certificate.extensions
     _check_use(extensions)
     roles = _read_names(extensions, node_id_of(public_key))
