@@ -61,7 +61,7 @@ Rule = Callable[[str, int, bool], Reach]
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Name (or literal) and port -> addresses as text.  Raises `socket.gaierror`."""
 
-Connector = Callable[[Address], Awaitable[trio.SocketStream]]
+Connector = Callable[[Address], Awaitable[trio.abc.Stream]]
 """One TCP connection to one literal address.  Raises `OSError`."""
 
 
@@ -86,6 +86,14 @@ class Permit:
 
     requester: str
     reach: Reach
+
+
+@dataclass(frozen=True, slots=True)
+class Dialled:
+    """A connection, and the address it was made to; whoever gets it closes the stream."""
+
+    stream: trio.abc.Stream
+    address: Address
 
 
 def _networks(*texts: str) -> tuple[IPNetwork, ...]:
@@ -282,7 +290,7 @@ class EgressPolicy:
         """Whether a name that only an outgoing proxy can look up may be left to it: for a user, or where it is listed."""
         return permit.reach >= Reach.LOCAL or self._allow.names(host)
 
-    async def connect(self, host: str, port: int, permit: Permit) -> trio.SocketStream:
+    async def connect(self, host: str, port: int, permit: Permit) -> Dialled:
         """A TCP connection to one of the checked addresses of this name; the caller closes it.
 
         Addresses are tried in the resolver's order with families taking turns, each beside the silent ones before it
@@ -294,7 +302,7 @@ class EgressPolicy:
         """
         return await connect_first(await self.resolve(host, port, permit), self._connect)
 
-    async def connect_trusted(self, host: str, port: int) -> trio.SocketStream:
+    async def connect_trusted(self, host: str, port: int) -> Dialled:
         """A TCP connection to what the configuration itself names (an outgoing proxy), without a check.
 
         Raises:
@@ -413,13 +421,13 @@ async def connect_tcp(address: Address) -> trio.SocketStream:
         raise
 
 
-async def connect_first(addresses: Sequence[Address], connect: Connector = connect_tcp) -> trio.SocketStream:
-    """The first of several addresses that answers (RFC 8305); the caller closes it.
+async def connect_first(addresses: Sequence[Address], connect: Connector = connect_tcp) -> Dialled:
+    """The first of several addresses that answers (RFC 8305).
 
     Raises:
         OSError: None did; the first one's reason.
     """
-    winner: trio.SocketStream | None = None
+    winner: Dialled | None = None
     failures: list[OSError] = []
 
     async def attempt(address: Address, failed: trio.Event) -> None:
@@ -431,10 +439,10 @@ async def connect_first(addresses: Sequence[Address], connect: Connector = conne
             failed.set()
             return
         if winner is None:
-            winner = stream
+            winner = Dialled(stream, address)
             nursery.cancel_scope.cancel()
         else:  # two answered in the same tick
-            stream.socket.close()
+            await trio.aclose_forcefully(stream)
 
     try:
         async with trio.open_nursery() as nursery:
@@ -445,7 +453,7 @@ async def connect_first(addresses: Sequence[Address], connect: Connector = conne
                     await failed.wait()
     except BaseException:
         if winner is not None:
-            winner.socket.close()
+            await trio.aclose_forcefully(winner.stream)
         raise
     if winner is None:
         raise failures[0] if failures else OSError("the name has no address")

@@ -265,8 +265,10 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
         with trio.move_on_after(timeout if timeout is not None else float("inf")):
             try:
                 if self._permit is None:
-                    return PinnedStream(await self._egress.connect_trusted(host, port))
-                return PinnedStream(await self._egress.connect(host, port, self._permit))
+                    dialled = await self._egress.connect_trusted(host, port)
+                else:
+                    dialled = await self._egress.connect(host, port, self._permit)
+                return PinnedStream(dialled.stream, is_public=zone_of(unwrap(dialled.address.host)) is Zone.PUBLIC)
             except socket.gaierror as error:
                 if error.errno == socket.EAI_AGAIN:
                     raise AttemptFailed(f"the name {host} cannot be looked up now: {error.strerror}", Cause.LOOKUP) from error
@@ -287,11 +289,11 @@ class PinnedStream(httpcore.AsyncNetworkStream):
         is_public: Whether the other end has a public address.
     """
 
-    def __init__(self, tcp: trio.SocketStream, stream: trio.abc.Stream | None = None) -> None:
+    def __init__(self, tcp: trio.abc.Stream, tls: trio.SSLStream[trio.abc.Stream] | None = None, *, is_public: bool) -> None:
         self._tcp = tcp
-        self._stream: trio.abc.Stream = stream if stream is not None else tcp
+        self._stream: trio.abc.Stream = tls if tls is not None else tcp
         self.abandoned = False
-        self.is_public = zone_of(unwrap(str(tcp.socket.getpeername()[0]))) is Zone.PUBLIC
+        self.is_public = is_public
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         if self.abandoned:
@@ -321,13 +323,13 @@ class PinnedStream(httpcore.AsyncNetworkStream):
             with trio.fail_after(timeout if timeout is not None else float("inf")):
                 await tls.do_handshake()
         except BaseException as error:
-            self._tcp.socket.close()
+            await trio.aclose_forcefully(self._tcp)
             if isinstance(error, trio.TooSlowError):
                 raise httpcore.ConnectTimeout(f"no TLS within {timeout:g} s") from error
             if isinstance(error, (trio.BrokenResourceError, ssl.CertificateError)):
                 raise _tls_failure(server_hostname or "", error) from error
             raise
-        return PinnedStream(self._tcp, tls)
+        return PinnedStream(self._tcp, tls, is_public=self.is_public)
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -336,7 +338,7 @@ class PinnedStream(httpcore.AsyncNetworkStream):
         if info == "ssl_object":
             return self._stream if isinstance(self._stream, trio.SSLStream) else None
         if info == "is_readable":
-            return self._tcp.socket.is_readable()
+            return isinstance(self._tcp, trio.SocketStream) and self._tcp.socket.is_readable()
         return None
 
 
