@@ -215,11 +215,11 @@ class _Conversation:
             case "status":
                 return node.status()
             case "tasks":
-                return node.tasks()
+                return {"tasks": node.tasks()}
             case "task":
                 return node.task(_text(request, "name"))
             case "peers":
-                return node.peers()
+                return {"peers": node.peers()}
             case "pin" | "unpin" as operation:
                 return node.pin(_text(request, "name"), operation == "pin")
             case "rm":

@@ -18,6 +18,10 @@ CONNECT_SECONDS: Final = 5.0
 """A node that is alive accepts at once; its backlog is only full when it hangs."""
 
 
+class DaemonWentAway(DaemonUnreachable):
+    """A node took the request and left before it answered; another one may take over from its store."""
+
+
 @dataclass(slots=True)
 class Answer:
     """What a request came to.
@@ -79,14 +83,14 @@ class ControlConnection:
         """Send the request and wait for its result.
 
         Raises:
-            DaemonUnreachable: The node went away before it answered.
+            DaemonWentAway: The node left before it answered.
             SwarmError: What the node says went wrong.
         """
         try:
             self._socket.sendall(encode_line({"op": operation, **(parameters or {})}))
             return self._receive(on_progress)
-        except (ConnectionError, BrokenPipeError) as error:
-            raise DaemonUnreachable("the daemon went away before it answered; run the command again to resume") from error
+        except ConnectionError as error:
+            raise DaemonWentAway("the daemon went away before it answered; run the command again to resume") from error
 
     def _receive(self, on_progress: Callable[[dict[str, Any]], None] | None) -> Answer:
         buffer = bytearray()
