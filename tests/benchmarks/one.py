@@ -37,8 +37,8 @@ FAST_SHA256SUM: Final = [
 
 
 def disk_dir() -> Path:
-    """A directory on a real disk: ``SWARM_DISK_DIR``, else where temporary files go."""
-    return Path(os.environ.get("SWARM_DISK_DIR", tempfile.gettempdir()))
+    """A directory on a real disk: ``BENCH_DISK_DIR``, else where temporary files go."""
+    return Path(os.environ.get("BENCH_DISK_DIR", tempfile.gettempdir()))
 
 
 def one_to_one(length: int, seed: int, *, parent: Path) -> Run:
@@ -112,7 +112,7 @@ def _plain(hosts: Hosts, origin: NginxOrigin, file: File, work: Path, checksum: 
 
 def _daemon(hosts: Hosts, address: str, directory: Path, *join: str) -> Daemon:
     argv = [SWARM, "daemon", "--data-dir", str(directory / "data"), "--listen", f"{address}:7400", "--open-network", "bench"]
-    faces = ["--mirror", f"{address}:7402", "--http", f"{address}:7403"]
+    faces = ["--http", f"{address}:7403"]
     return Daemon(0, hosts.command(0, [*argv, *faces, *join]), directory, clean_environment())
 
 

@@ -1,6 +1,6 @@
 """`swarm daemon` on every host, `swarm fetch` on all of them at once, and what came of it.
 
-Data directories and outputs of all hosts lie in memory (`/dev/shm`) unless ``SWARM_TEST_DIR`` names another place:
+Data directories and outputs of all hosts lie in memory (`/dev/shm`) unless ``BENCH_HOSTS_DIR`` names another place:
 twenty hosts share the one disk of this machine, which twenty machines do not.
 """
 
@@ -33,7 +33,7 @@ READY_TIMEOUT: Final = 60.0  # seconds; twenty daemons start at once on two core
 
 def test_dir() -> Path:
     """Where data directories go."""
-    return Path(os.environ.get("SWARM_TEST_DIR", "/dev/shm"))
+    return Path(os.environ.get("BENCH_HOSTS_DIR", "/dev/shm"))
 
 
 def clean_environment() -> dict[str, str]:
@@ -228,24 +228,30 @@ class Cluster:
     def directory(self, host: int) -> Path:
         return self.root / f"h{host}"
 
-    def daemon_command(self, host: int, *extra: str) -> list[str]:
-        endpoint = self.hosts.endpoint(host, PORT)
-        network = ["--network", str(self._network[host])] if self._network else ["--open-network", "bench"]
-        join = ["--join", self.hosts.endpoint(1, PORT)] if host != 1 else []
-        data_dir = ["--data-dir", str(self.directory(host) / "data")]
-        return [SWARM, "daemon", *data_dir, "--listen", endpoint, *join, *network, *self._options, *extra]
-
-    def start(self, host: int, *extra: str, wrapper: Sequence[str] = ()) -> Daemon:
+    def start(
+        self,
+        host: int,
+        *extra: str,
+        listen: str | None = None,
+        join: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Daemon:
         """Start a host's daemon, again if it ran before; not yet ready.
 
         Args:
             extra: Further arguments of this daemon.
-            wrapper: A command that runs the daemon, such as ``("faketime", "-f", "+1h")``.
+            listen: Instead of the host's own address.
+            join: Whom it knows, instead of host 1.
+            environment: What its environment has besides a bare host's.
         """
         if host in self.daemons:
             self.daemons[host].close()
-        command = self.hosts.command(host, [*wrapper, *self.daemon_command(host, *extra)])
-        self.daemons[host] = Daemon(host, command, self.directory(host), clean_environment())
+        network = ["--network", str(self._network[host])] if self._network else ["--open-network", "bench"]
+        known = join or self.hosts.endpoint(1, PORT)
+        argv = [SWARM, "daemon", "--data-dir", str(self.directory(host) / "data"), *network]
+        argv += ["--listen", listen or self.hosts.endpoint(host, PORT), *(["--join", known] if host != 1 else [])]
+        command = self.hosts.command(host, [*argv, *self._options, *extra])
+        self.daemons[host] = Daemon(host, command, self.directory(host), {**clean_environment(), **(environment or {})})
         return self.daemons[host]
 
     def start_all(self, *hosts: int) -> None:

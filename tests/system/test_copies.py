@@ -1,0 +1,117 @@
+"""Several hosts want one file: everybody gets exactly it, and the origin sends about one copy."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from swarm.task import Geometry
+from tests.system.origin import MIB
+from tests.system.processes import last_done, prepare, spread, start_together
+from tests.system.scene import scene
+
+pytestmark = pytest.mark.system
+
+LENGTH = 16 * MIB
+PIECE = Geometry.of(LENGTH).piece_length
+ONE_PIECE = PIECE / LENGTH  # at this length one repeated piece is 1.6 % of a copy
+
+
+def test_eight_hosts_that_fetch_at_once_cost_the_origin_one_copy() -> None:
+    with scene(8, LENGTH, rate="50mbit") as s:
+        s.cluster.start_all()
+        fetched = s.cluster.fetch_all(s.url, timeout=60)
+        s.assert_all_have_it(fetched)
+        s.cluster.stop()
+        assert spread([it.end for it in fetched]) < 0.05
+        assert s.copies() <= 1.05 + ONE_PIECE
+        assert sum(it.said["from_origin"] for it in fetched) <= (1.05 + ONE_PIECE) * LENGTH
+        # Eight plain downloads over the origin's link would need 8 x 2.7 s.
+        assert last_done([it.end for it in fetched]) < 11
+
+
+def test_what_the_origin_logged_is_what_left_its_interface() -> None:
+    with scene(4, LENGTH, rate="100mbit") as s:
+        s.cluster.start_all()
+        before = s.hosts.traffic()[0].sent
+        s.assert_all_have_it(s.cluster.fetch_all(s.url, timeout=60))
+        s.cluster.stop()
+        left = s.hosts.traffic()[0].sent - before
+        assert s.copies() * LENGTH <= left <= 1.1 * s.copies() * LENGTH + MIB
+
+
+def test_hosts_that_join_one_by_one_cost_no_second_copy() -> None:
+    with scene(8, LENGTH, rate="50mbit") as s:
+        s.cluster.start_all()
+        fetches = [s.cluster.fetch(host, s.url) for host in s.hosts.each()]
+        prepare([it.prepared for it in fetches])
+        for fetch in fetches:
+            fetch.prepared.release()
+            time.sleep(0.5)
+        s.assert_all_have_it(s.cluster.finish(fetches, 60))
+        s.cluster.stop()
+        assert s.copies() <= 1.02 + ONE_PIECE
+
+
+def test_hosts_killed_in_the_middle_do_not_keep_the_others_from_the_file() -> None:
+    with scene(8, 2 * LENGTH, rate="50mbit") as s:
+        s.cluster.start_all()
+        fetches = [s.cluster.fetch(host, s.url) for host in s.hosts.each()]
+        start_together([it.prepared for it in fetches])
+        time.sleep(2.7)  # half of what one copy needs over the origin's link
+        for host in (2, 5):
+            fetches[host - 1].prepared.kill()
+            s.cluster.daemons[host].kill()
+        fetched = s.cluster.finish(fetches, 90)
+        survivors = [it for it in fetched if it.host not in (2, 5)]
+        s.assert_all_have_it(survivors)
+        s.cluster.stop()
+        assert s.copies() <= 1.3
+        assert last_done([it.end for it in survivors]) < 22  # the floor is 5.4 s
+
+
+def test_both_sides_of_a_healed_partition_end_with_the_file() -> None:
+    """The far side loses the origin and every host on this side while pieces flow."""
+    near, far = (1, 2, 3), (4, 5, 6)
+    with scene(6, LENGTH, rate="50mbit") as s:
+        s.cluster.start_all()
+        fetches = [s.cluster.fetch(host, s.url) for host in s.hosts.each()]
+        start_together([it.prepared for it in fetches])
+        time.sleep(1.5)
+        s.hosts.split((0, *near), far)
+        time.sleep(6)
+        s.hosts.unsplit(*s.hosts.all())
+        s.assert_all_have_it(s.cluster.finish(fetches, 90))
+        s.cluster.stop()
+        assert s.copies() <= 1.6
+
+
+def test_a_second_fetch_sends_one_head_and_reads_nothing() -> None:
+    with scene(1, LENGTH) as s:
+        s.cluster.start_all()
+        s.assert_all_have_it([s.cluster.fetch_one(1, s.url, timeout=30, name="first")])
+        s.origin.forget()
+        second = s.cluster.fetch_one(1, s.url, timeout=30, name="second")
+        s.assert_all_have_it([second])
+        assert [it.method for it in s.origin.requests()] == ["HEAD"]
+        assert (second.said["from_origin"], second.said["from_local"]) == (0, LENGTH)
+
+
+def test_a_second_fetch_by_digest_works_without_the_origin() -> None:
+    with scene(2, LENGTH) as s:
+        s.cluster.start_all()
+        s.assert_all_have_it([s.cluster.fetch_one(1, s.url, timeout=30, name="first")])
+        s.origin.stop()
+        fetched = s.cluster.fetch_all(s.url, "--digest", s.file.digest, timeout=30, name="second")
+        s.assert_all_have_it(fetched)
+        assert [it.said["from_origin"] for it in fetched] == [0, 0]
+
+
+def test_a_small_file_is_read_at_most_twice_by_eight_hosts() -> None:
+    with scene(8, 200 * 1024, rate="100mbit") as s:
+        s.cluster.start_all()
+        fetched = s.cluster.fetch_all(s.url, timeout=30)
+        s.assert_all_have_it(fetched)
+        s.cluster.stop()
+        assert len(s.origin.reads(s.file.name)) <= 2
