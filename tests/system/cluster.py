@@ -153,14 +153,19 @@ class Daemon:
     def kill(self) -> None:
         """As a power cut would: SIGKILL, nothing is put in order."""
         self.process.kill()
-        self._ended(10)
+        self.wait_ended(10)
 
     def terminate(self, timeout: float = 40) -> int:
         """SIGTERM; returns the exit code once it has ended."""
         self.process.terminate()
-        return self._ended(timeout)
+        return self.wait_ended(timeout)
 
-    def _ended(self, timeout: float) -> int:
+    def wait_ended(self, timeout: float) -> int:
+        """Wait for its end; returns the exit code.
+
+        Raises:
+            NotReady: It still runs after `timeout` seconds.
+        """
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -288,7 +293,7 @@ class Cluster:
         for daemon in running:
             daemon.process.terminate()
         for daemon in running:
-            daemon.terminate()
+            daemon.wait_ended(40)  # a second SIGTERM would cut the first one's work short
 
     # --- commands -------------------------------------------------------------------------------------------------
 
