@@ -300,7 +300,15 @@ class EgressPolicy:
             NotPermitted: As `resolve`; nothing was sent.
             OSError: No address answered, or (`socket.gaierror`) there is none.
         """
-        return await connect_first(await self.resolve(host, port, permit), self._connect)
+        return await self.connect_resolved(await self.resolve(host, port, permit))
+
+    async def connect_resolved(self, addresses: Sequence[Address]) -> Dialled:
+        """A TCP connection to one of the addresses that `resolve` returned just now.
+
+        Raises:
+            OSError: As `connect`.
+        """
+        return await connect_first(addresses, self._connect)
 
     async def connect_trusted(self, host: str, port: int) -> Dialled:
         """A TCP connection to what the configuration itself names (an outgoing proxy), without a check.

@@ -194,12 +194,10 @@ def plan(status: int, headers: Headers, ask: Ask, expect: OriginInfo | None) -> 
         framed = content_length(headers)
         length = None if coding else framed
         _check_version(headers, length, expect, vouched=False)
-        take = ask.stop
-        wanted = length if ask.stop is None else ask.stop if length is None else min(ask.stop, length)
-        if length is None and expect is not None and expect.length is not None:
+        if length is None and expect is not None:
             length = expect.length
-            wanted = min(take, length) if take is not None else length
-        return Plan(0, framed, take, wanted, length, coding)
+        wanted = length if length is None or ask.stop is None else min(ask.stop, length)
+        return Plan(0, framed, ask.stop, wanted, length, coding)
     if not ask.ranged:
         raise OriginError("it answered 206 although no range was asked for")
     if coding:

@@ -174,9 +174,11 @@ class Connections:
         try:
             public = await self._check_behind_proxy(target) if self._is_proxied(target) else None
             response = await self._send(host, target, method, path, headers, timeouts)
-        except BaseException:
+        except BaseException as error:
             host.slots.release()
             host.users -= 1
+            if isinstance(error, AttemptFailed):
+                error.health = host.health
             raise
         answer = Exchange(target, host, response, has_body=method != "HEAD")
         if public is not None:
@@ -262,20 +264,24 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
     async def connect_tcp(
         self, host: str, port: int, timeout: float | None = None, local_address: str | None = None, socket_options: Any = None
     ) -> httpcore.AsyncNetworkStream:
-        with trio.move_on_after(timeout if timeout is not None else float("inf")):
-            try:
+        seconds = timeout if timeout is not None else float("inf")
+        stage, cause = f"looking up {host}", Cause.LOOKUP
+        try:
+            with trio.move_on_after(seconds):
                 if self._permit is None:
                     dialled = await self._egress.connect_trusted(host, port)
                 else:
-                    dialled = await self._egress.connect(host, port, self._permit)
+                    addresses = await self._egress.resolve(host, port, self._permit)
+                    stage, cause = "connecting", Cause.CONNECT
+                    dialled = await self._egress.connect_resolved(addresses)
                 return PinnedStream(dialled.stream, is_public=zone_of(unwrap(dialled.address.host)) is Zone.PUBLIC)
-            except socket.gaierror as error:
-                if error.errno == socket.EAI_AGAIN:
-                    raise AttemptFailed(f"the name {host} cannot be looked up now: {error.strerror}", Cause.LOOKUP) from error
-                raise OriginUnreachable(f"there is no host {host}: {error.strerror}; check the URL") from error
-            except OSError as error:
-                raise httpcore.ConnectError(os.strerror(error.errno) if error.errno else str(error)) from error
-        raise httpcore.ConnectTimeout(f"no connection within {timeout:g} s")
+        except socket.gaierror as error:
+            if error.errno == socket.EAI_AGAIN:
+                raise AttemptFailed(f"the name {host} cannot be looked up now: {error.strerror}", Cause.LOOKUP) from error
+            raise OriginUnreachable(f"there is no host {host}: {error.strerror}; check the URL") from error
+        except OSError as error:
+            raise httpcore.ConnectError(os.strerror(error.errno) if error.errno else str(error)) from error
+        raise AttemptFailed(f"{stage} took longer than {seconds:g} s", cause)
 
     async def sleep(self, seconds: float) -> None:
         await trio.sleep(seconds)

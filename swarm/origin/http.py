@@ -200,20 +200,16 @@ class HttpOrigin:
                 if answer.status in accept:
                     return answer
                 await answer.drain()
-                raise _failure(name_of(source), answer, trio.current_time())
+                raise _failure(name_of(source), answer)
             except AttemptFailed as failure:
                 delay = retries.after(failure, trio.current_time())
                 if delay is None:
-                    self._gave_up(first.target)
+                    if failure.health is not None:
+                        failure.health.failed(trio.current_time())
                     raise OriginUnreachable(_given_up(failure, retries)) from failure
                 self._metrics.origin_retried()
                 log.debug("origin_retry", host=first.target.authority, cause=failure.cause.value, delay=round(delay, 3))
                 await trio.sleep(delay)
-
-    def _gave_up(self, target: Target) -> None:
-        health = self._connections.health(target)
-        if health is not None:
-            health.failed(trio.current_time())
 
     async def _walk(self, source: Source, first: Hop, method: str, asked: list[tuple[str, str]]) -> Exchange:
         """Follow redirects from the start, or from where the last walk ended."""
@@ -397,11 +393,13 @@ def _location(raw: str) -> str:
     return text.strip().replace(" ", "%20")
 
 
-def _failure(name: str, answer: Exchange, now: float) -> OriginError:
+def _failure(name: str, answer: Exchange) -> OriginError:
     """What an answer without content means to the asker.  Only its status is told: the rest is the server's to choose."""
     status = answer.status
     if status in _AGAIN:
-        return AttemptFailed(f"{name} answered {status}", Cause.STATUS, retry_after(answer.headers))
+        failure = AttemptFailed(f"{name} answered {status}", Cause.STATUS, retry_after(answer.headers))
+        failure.health = answer.health
+        return failure
     if status in (404, 410):
         return NotFoundAtOrigin(f"{name} does not exist: its origin answered {status}; check the URL")
     if status == 401:

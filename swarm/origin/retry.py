@@ -39,12 +39,14 @@ class AttemptFailed(OriginUnreachable):
 
     Attributes:
         retry_after: Seconds the origin asked us to wait, or `None`.
+        health: Of the host that failed, which a redirect may have chosen.
     """
 
     def __init__(self, message: str, cause: Cause, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.cause = cause
         self.retry_after = retry_after
+        self.health: Health | None = None
 
 
 @dataclass(slots=True)
