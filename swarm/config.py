@@ -150,6 +150,12 @@ class StoreSettings:
     low_watermark: float = setting(
         0.80, "Share at which eviction stops again; below `high_watermark`.", unit="fraction", at_least=0.01, at_most=1
     )
+    scrub_rate: int = setting(
+        8 * MIB,
+        "Speed at which content at rest is read and checked again, each once a week. 0: never.",
+        unit="rate",
+        at_least=0,
+    )
     min_free: int = setting(512 * MIB, "Room always left free on the disk for others.", unit="size", at_least=0)
 
 

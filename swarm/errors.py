@@ -113,10 +113,6 @@ class ConfigError(SwarmError):
     exit_code = 2
 
 
-class ListenError(SwarmError):
-    """An address cannot be listened on: in use, or not one of this machine's."""
-
-
 class DaemonUnreachable(SwarmError):
     """No daemon (or scheduler) answers where one was expected."""
 

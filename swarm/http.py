@@ -20,7 +20,7 @@ import trio
 
 from swarm import __version__
 from swarm.config import HttpSettings
-from swarm.errors import ListenError, SwarmError
+from swarm.errors import ConfigError, SwarmError
 from swarm.metrics import CONTENT_TYPE, Measured, exposition
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def listen(settings: HttpSettings) -> socket.socket | None:
     """Bind now, so that a port in use is said at start; `None` if the face is off.
 
     Raises:
-        ListenError: The address is in use or not ours.
+        ConfigError: The address is in use or not ours.
     """
     endpoint = settings.listen
     if endpoint is None:
@@ -73,7 +73,7 @@ def listen(settings: HttpSettings) -> socket.socket | None:
         )[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ListenError(
+        raise ConfigError(
             f"cannot listen on {endpoint} for HTTP: {error.strerror or error}; choose another with --http"
         ) from error
     try:
@@ -83,7 +83,7 @@ def listen(settings: HttpSettings) -> socket.socket | None:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        raise ListenError(
+        raise ConfigError(
             f"cannot listen on {endpoint} for HTTP: {error.strerror}; choose another address with --http, or --http off"
         ) from error
     return listener

@@ -46,6 +46,11 @@ MAX_HEADERS: Final = 64
 class Content(Protocol):
     """Finished content, open for reading until `close`."""
 
+    @property
+    def path(self) -> Path | None:
+        """Where it lies, for a hard link."""
+        ...
+
     def open_read_only(self) -> int:
         """A new descriptor, which the caller closes."""
         ...
@@ -240,7 +245,8 @@ class _Conversation:
             fetched, content = wait.outcome()
             descriptor = content.open_read_only()
             try:
-                await self._send({"result": fetched_view(fetched)}, descriptor)
+                result = {**fetched_view(fetched), "store_path": str(content.path) if content.path is not None else None}
+                await self._send({"result": result}, descriptor)
             finally:
                 os.close(descriptor)
         finally:

@@ -27,13 +27,16 @@ class FakeContent:
     def __init__(self, data: bytes, directory: Path) -> None:
         self.opened = 0
         self.closed = 0
-        self.path: Path | None = directory / f"content-{id(self)}"
-        self.path.write_bytes(data)
+        self._file = directory / f"content-{id(self)}"
+        self._file.write_bytes(data)
+
+    @property
+    def path(self) -> Path | None:
+        return self._file
 
     def open_read_only(self) -> int:
         self.opened += 1
-        assert self.path is not None
-        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
         self.closed += 1

@@ -1,0 +1,290 @@
+"""The composition root: reads top to bottom as the description of a node.
+
+Parts are built in the order in which they need one another, run in nested scopes, and end in the opposite order: commands
+first, then downloads, announcements, connections, the network's files, and last the store, which flushes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import fields
+from typing import Any, Final, TypeVar
+
+import structlog
+import trio
+
+from swarm import __version__, http, identity
+from swarm.announce import Announcer
+from swarm.config import DEFAULT_PORT, Settings
+from swarm.control.api import ControlServer
+from swarm.dht.node import DhtNode
+from swarm.dht.transport import UdpTransport
+from swarm.download.service import DownloadService
+from swarm.edges import Address, State
+from swarm.egress import EgressPolicy, EgressSettings
+from swarm.errors import ConfigError, SwarmError
+from swarm.network import Network, load, open_network
+from swarm.node import Node, Swarm
+from swarm.origin.origin import OriginReader, OriginSettings
+from swarm.peer.hub import PeerHub
+from swarm.peer.settings import PeerSettings, Ports
+from swarm.quantities import Endpoint
+from swarm.store.disk import DiskStore
+
+log = structlog.get_logger(__name__)
+
+DEFAULT_NETWORK: Final = "default"
+"""The open network of a node nobody gave one; on loopback only."""
+
+PORT_ATTEMPTS: Final = 16
+"""Free ports tried: the one free for UDP may be taken for TCP, or its neighbour."""
+
+T = TypeVar("T")
+Parameters = TypeVar("Parameters")
+
+
+async def run_node(
+    settings: Settings,
+    *,
+    stop: trio.Event,
+    ready: Callable[[dict[str, Any]], None] = lambda status: None,
+    wait_for_commands: bool = False,
+) -> None:
+    """Run a node until `stop` is set, then leave in order.
+
+    Args:
+        settings: All of them, checked.
+        stop: Set it to end: no new work, running transfers drained, announcements withdrawn.
+        ready: Called once with the node's status, when commands, peers and the DHT can reach it.
+        wait_for_commands: Before leaving, answer the commands that wait, without a time limit.
+
+    Raises:
+        SwarmError: It cannot start, or a part failed; what was verified is kept.
+    """
+    rng = random.Random()
+    async with AsyncExitStack() as life:
+        face = http.listen(settings.http)
+        if face is not None:
+            life.callback(face.close)
+        store = life.enter_context(open_store(settings, rng))
+        await life.enter_async_context(running(store.run))
+
+        membership = open_membership(settings)
+        await life.enter_async_context(running(membership.run))
+
+        origin = await life.enter_async_context(open_origin(settings, rng))
+        swarm = await life.enter_async_context(listening(settings, membership, store, origin, rng))
+        await life.enter_async_context(running(swarm.dht.run))
+        await life.enter_async_context(running(swarm.announcer.run))
+        await life.enter_async_context(running(swarm.service.run))
+
+        node = Node(settings, membership, store, swarm, origin, face)
+        control = ControlServer(node, settings.directory)
+        await life.enter_async_context(running(control.run))
+        node.control = control
+        if face is not None:
+            await life.enter_async_context(running_late(http.serve, node, face, settings.http))
+
+        kept = [(e.task.id, State.COMPLETE) for e in store.entries() if e.complete and not e.private]
+        swarm.announcer.restore(kept)
+        node.is_ready = True
+        log.info("ready", **_ready_fields(node, len(kept)))
+        ready(node.status())
+
+        await stop.wait()
+        node.is_ready = False
+        if wait_for_commands:
+            await control.wait_idle()
+        await leave(swarm, settings.drain)
+    log.info("stopped")
+
+
+async def leave(swarm: Swarm, seconds: float) -> None:
+    """Finish what runs, for at most so long; what does not finish is resumed at the next start."""
+    until = trio.current_time() + seconds
+    await swarm.service.drain(seconds)
+    await swarm.announcer.withdraw_all()
+    await swarm.hub.aclose(max(0.0, until - trio.current_time()))
+
+
+def open_store(settings: Settings, rng: random.Random) -> DiskStore:
+    """The store, which locks the data directory: two nodes cannot share one."""
+    wanted = settings.store
+    return DiskStore(
+        settings.directory,
+        quota_bytes=wanted.quota or None,
+        high_watermark=wanted.high_watermark,
+        low_watermark=wanted.low_watermark,
+        min_free_bytes=wanted.min_free,
+        scrub_bytes_per_s=wanted.scrub_rate,
+        rng=rng,
+    )
+
+
+def open_membership(settings: Settings) -> Network:
+    """The closed network of a directory, or an open one by name.  The node's own key is made at its first start."""
+    own = identity.load_or_create(settings.directory / "node.key")
+    roles = ("seed",) if settings.seed else ()
+    if settings.network.directory is not None:
+        return load(settings.network.directory, identity=own, roles=roles)
+    return open_network(settings.network.open or DEFAULT_NETWORK, own, roles=roles)
+
+
+def open_origin(settings: Settings, rng: random.Random) -> OriginReader:
+    """Reading origins, under the egress policy."""
+    egress = EgressPolicy(_section(EgressSettings, settings.egress))
+    return OriginReader(egress, _section(OriginSettings, settings.origin), rng=rng)
+
+
+@asynccontextmanager
+async def listening(
+    settings: Settings, membership: Network, store: DiskStore, origin: OriginReader, rng: random.Random
+) -> AsyncIterator[Swarm]:
+    """The parts that talk to other nodes, on one port for UDP and TCP; port 0 takes one that is free for both.
+
+    Raises:
+        ConfigError: The port is in use, or the address is not ours.
+    """
+    address = await listen_address(settings)
+    for attempt in range(PORT_ATTEMPTS):
+        with contextlib.ExitStack() as undo:
+            transport = undo.enter_context(UdpTransport.open(address))
+            swarm = connect(settings, membership, store, origin, transport, rng)
+            bound = Address(transport.local_address.host, transport.local_address.port)
+            try:
+                async with running(swarm.hub.run, [bound]) as ports:
+                    swarm.ports = ports
+                    yield swarm
+                    return
+            except _StartFailed as error:
+                if address.port != 0 or attempt == PORT_ATTEMPTS - 1:
+                    raise error.reason from error
+
+
+def connect(
+    settings: Settings,
+    membership: Network,
+    store: DiskStore,
+    origin: OriginReader,
+    transport: UdpTransport,
+    rng: random.Random,
+) -> Swarm:
+    """Who knows whom: the DHT finds, the announcer announces, the service exchanges over the hub's links."""
+    directory, network = settings.directory, settings.network
+    advertise = network.advertise
+    dht = DhtNode(
+        transport,
+        membership,
+        rng=rng,
+        join=[str(endpoint) for endpoint in network.join],
+        state_path=directory / "dht.state",
+        advertise=advertise,
+    )
+    announcer = Announcer(
+        dht,
+        membership,
+        control_port=transport.local_address.port,
+        addresses=advertise,
+        state_path=directory / "announce.state",
+        rng=rng,
+        seed_role=settings.seed,
+    )
+    service = DownloadService(membership, store, announcer, origin, rng=rng)
+    peers = PeerSettings(
+        encrypt=settings.peers.encrypt,
+        upload_rate=settings.peers.upload_rate,
+        task_upload_rate=settings.peers.task_upload_rate,
+        download_rate=settings.peers.download_rate,
+        agent=f"swarm/{__version__}",
+    )
+    hub = PeerHub(membership, service, service, settings=peers, rng=rng)
+    service.attach(hub)
+    return Swarm(dht, announcer, service, hub, Ports(0, 0))
+
+
+async def listen_address(settings: Settings) -> Address:
+    """Where to listen, as a literal address.
+
+    Raises:
+        ConfigError: The name is not known.
+    """
+    endpoint = settings.network.listen
+    if endpoint is None:
+        endpoint = Endpoint("::" if settings.network.directory is not None else "127.0.0.1", DEFAULT_PORT)
+    try:
+        found = await trio.socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {endpoint}: {error.strerror or error}; give an address of this machine") from error
+    return Address(str(found[0][4][0]), endpoint.port)
+
+
+# --- running parts ------------------------------------------------------------------------------------------------
+
+
+class _StartFailed(Exception):
+    """A part could not start; `reason` says why."""
+
+    def __init__(self, reason: SwarmError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+@asynccontextmanager
+async def running(service: Callable[..., Awaitable[object]], *arguments: object) -> AsyncIterator[Any]:
+    """Start a service and wait until it is; when the block ends, it is cancelled and waited for."""
+    async with trio.open_nursery() as nursery:
+        try:
+            started = await nursery.start(service, *arguments)
+        except* SwarmError as errors:
+            raise _StartFailed(_first(errors)) from errors
+        yield started
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def running_late(service: Callable[..., Awaitable[object]], *arguments: object) -> AsyncIterator[None]:
+    """Start a service that nobody waits for: its imports come after the node is ready."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(service, *arguments)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+@contextlib.contextmanager
+def flatten() -> Iterator[None]:
+    """Let one deliberate exception out as itself, however many nurseries it crossed."""
+    try:
+        yield
+    except _StartFailed as error:
+        raise error.reason from error
+    except BaseExceptionGroup as group:
+        meant, rest = group.split((SwarmError, _StartFailed))
+        if meant is None or rest is not None:
+            raise
+        raise _first(meant) from group
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> SwarmError:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            return _first(error)
+        if isinstance(error, _StartFailed):
+            return error.reason
+        if isinstance(error, SwarmError):
+            return error
+    raise group
+
+
+def _section(cls: type[T], settings: object) -> T:
+    """A part's own settings from the section of the same names."""
+    return cls(**{item.name: getattr(settings, item.name) for item in fields(cls)})  # type: ignore[arg-type]  # both are dataclasses
+
+
+def _ready_fields(node: Node, tasks: int) -> dict[str, Any]:
+    status = node.status()
+    names = ("version", "node", "network", "open", "pid")
+    return {name: status[name] for name in names} | {"listen": status["control"], "tasks": tasks}
