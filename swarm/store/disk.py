@@ -291,7 +291,8 @@ class DiskStore(TaskStore):
     async def _settle_suspects(self) -> None:
         """After an unclean boot, hash what may not have reached the disk before somebody wants it."""
         for content in [c for c in self._contents.values() if not c.complete]:
-            if content.key not in self._contents or content.gone is not None or not self._attach(content):
+            being_made = content.references > 0 and content.body is None
+            if content.key not in self._contents or content.gone is not None or being_made or not self._attach(content):
                 continue
             content.references += 1
             try:

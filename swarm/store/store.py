@@ -431,9 +431,7 @@ class TaskStore(ABC):
         known = self._names.get(task.id)
         name = known.names.get(task.id) if known is not None else None
         if name is None:
-            # Content that was public once under this digest stays public; a URL is as private as its requester says.
-            secret = private and not (content.complete and not content.private and not task.url)
-            name = Name(task, secret, tag, application, False, self._now())
+            name = Name(task, self._starts_private(content, task, private), tag, application, False, self._now())
         else:
             # Pieces may come with credentials from now on, so they must not leave as if they had not.
             name.private = name.private or (private and not content.complete)
@@ -442,6 +440,15 @@ class TaskStore(ABC):
                 name.task = replace(name.task, digest=task.digest or name.task.digest, shared=task.shared)
         self._add_name(content, name)
         return self._handle(content, name)
+
+    def _starts_private(self, content: Content, task: Task, private: bool) -> bool:
+        """Whether content that is there already is private under a new name.
+
+        What came with credentials does not become public because somebody asks for it without: nobody would have
+        checked that they may have it.  What was got in public once is public by its digest, whoever asks next.
+        """
+        public_blob = content.digest is not None and not content.private and not task.url
+        return content.private or (private and not public_blob)
 
     def _entry(self, content: Content, name: Name) -> Entry:
         if content.held_count < 0:
@@ -860,7 +867,11 @@ class TaskStore(ABC):
             return False
         if not self._attach(twin):
             return False
-        twin.private = twin.private and self._all_private(content)
+        if twin.private and not self._all_private(content):
+            twin.private = False
+            if (blob := twin.names.get(blob_task(digest).id)) is not None:
+                blob.private = False
+                self._records.name(twin, blob)
         for handle in tuple(content.handles):
             content.handles.remove(handle)
             content.references -= 1
