@@ -362,7 +362,7 @@ def _tls_failure(host: str, error: BaseException) -> Exception:
 
 @contextlib.contextmanager
 def _translated(target: Target, failure: type[OriginUnreachable]) -> Iterator[None]:
-    """httpcore's exceptions -> ours.  Messages of its protocol errors may quote the server and are left out."""
+    """httpcore's exceptions -> ours."""
 
     def failed(what: str, cause: Cause) -> OriginUnreachable:
         message = f"{target.authority}: {what}"
@@ -374,8 +374,9 @@ def _translated(target: Target, failure: type[OriginUnreachable]) -> Iterator[No
         raise failed(f"cannot connect: {error}", Cause.CONNECT) from error
     except httpcore.ProxyError as error:
         raise failed("the proxy (origin.proxy) refused to connect", Cause.CONNECT) from error
-    except httpcore.RemoteProtocolError as error:
-        raise failed("the connection ended too early, or its answer is not HTTP", Cause.DISCONNECTED) from error
+    except httpcore.RemoteProtocolError:
+        # Its message quotes the server, which may echo what it was sent: not even a traceback gets to see it.
+        raise failed("the connection ended too early, or its answer is not HTTP", Cause.DISCONNECTED) from None
     except (httpcore.NetworkError, httpcore.TimeoutException) as error:
         raise failed(str(error), Cause.DISCONNECTED) from error
 

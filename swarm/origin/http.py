@@ -359,6 +359,8 @@ def host_of(parts: SplitResult) -> str:
         ConfigError: Not a host name or an address.
     """
     host = parts.hostname or ""
+    if "\\" in parts.netloc or ("[" in parts.netloc and ":" not in host):
+        raise ConfigError("not a URL: programs would disagree about its host")
     if ":" in host:
         if re.fullmatch(r"[0-9a-f:.]{2,45}(%25?[\w.~-]{1,32})?", host, re.ASCII):
             return host.partition("%")[0]
