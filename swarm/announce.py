@@ -36,7 +36,7 @@ LOOKUP_INTERVAL: Final = 7000.0
 """Holders are looked up again at least this often: about every second repetition of a complete task."""
 PATIENCE: Final = 0.25
 """Seconds an announcement goes on waiting for more answers after its first success."""
-LONGEST_WAIT: Final = 3.0
+LONGEST_WAIT: Final = 2.0
 """Seconds until `announce` and `find` return what they have; the work goes on behind them."""
 SECOND_LOOK: Final = 0.06
 """Seconds after announcing that a newcomer looks again: who announced just after it has been stored by then."""
@@ -237,6 +237,7 @@ class Announcer:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
+                await trio.to_thread.run_sync(self._reserve_seqs)
                 task_status.started()
                 await self._repeat()
             finally:
@@ -279,6 +280,8 @@ class Announcer:
         if self._entries.get(entry.task_id) is not entry:
             with trio.move_on_after(WITHDRAW_LIMIT):
                 await self._withdraw_from(entry)
+        elif entry.publishing:
+            return  # a later one is under way and will note when to repeat
         elif entry.state is not state:
             self._schedule(entry, trio.current_time())
         else:
@@ -296,7 +299,7 @@ class Announcer:
         return [] if 2 * strangers > len(nearest) or len(holders) < min(engine.k, len(nearest)) else holders
 
     def _record(self, entry: _Entry) -> bytes | None:
-        """The current record, signed anew when half its life is over or it says something else by now."""
+        """The current record, signed anew when a third of its life is over or it says something else by now."""
         now = trio.current_time()
         if not self.hosts or not self._control_port:
             return None
@@ -329,7 +332,7 @@ class Announcer:
         return item[2].due == item[0] and self._entries.get(item[2].task_id) is item[2]
 
     async def _repeat(self) -> None:
-        limit = trio.CapacityLimiter(REPEATS_AT_ONCE)
+        slots = trio.Semaphore(REPEATS_AT_ONCE)
         while True:
             self._wake = trio.Event()
             while self._due and not self._is_due_item(self._due[0]):
@@ -338,26 +341,25 @@ class Announcer:
                 await self._wake.wait()
                 continue
             entry = heapq.heappop(self._due)[2]
-            entry.due = float("inf")
             if entry.publishing:
+                self._schedule(entry, trio.current_time() + 2 * REPEAT_PAUSE)
                 continue
-            await limit.acquire_on_behalf_of(entry)
-            self._start(self._repeat_one, entry, limit)
+            entry.due = float("inf")
+            await slots.acquire()
+            self._start(self._repeat_one, entry, slots)
             await trio.sleep(REPEAT_PAUSE)
 
-    async def _repeat_one(self, entry: _Entry, limit: trio.CapacityLimiter) -> None:
+    async def _repeat_one(self, entry: _Entry, slots: trio.Semaphore) -> None:
         try:
             if self._entries.get(entry.task_id) is not entry:
                 return
-            if entry.record_until - trio.current_time() < LIFETIME[entry.state]:
-                entry.record = None
             search = Search(entry.key)
             await self._publish(entry, search)
             self._repeated += 1
             for provider in self._providers(search):
                 self._tell(entry, provider)
         finally:
-            limit.release_on_behalf_of(entry)
+            slots.release()
 
     def _contact_found(self, contact: Contact) -> None:
         """Whatever has fewer holders than it could have is announced again soon: we have just joined, or healed."""
@@ -424,10 +426,13 @@ class Announcer:
     def _next_seq(self) -> int:
         self._seq += 1
         if self._seq > self._seq_reserved:
-            self._seq_reserved = self._seq + SEQ_BLOCK
-            if self._state_path is not None:
-                saved.save(self._state_path, {"seq": self._seq_reserved})
+            self._reserve_seqs()
         return self._seq
+
+    def _reserve_seqs(self) -> None:
+        self._seq_reserved = self._seq + SEQ_BLOCK
+        if self._state_path is not None:
+            saved.save(self._state_path, {"seq": self._seq_reserved})
 
 
 async def _first_answers(search: Search) -> None:

@@ -126,6 +126,7 @@ class DhtNode:
             randbytes=randbytes,
             wall=wall,
             fixed_hosts=tuple(dict.fromkeys(fixed)),
+            source_towards=getattr(transport, "source_towards", lambda address: None),
             low_ports=low_ports,
             k=k,
         )

@@ -129,10 +129,16 @@ class Engine:
         randbytes: Callable[[int], bytes],
         wall: Callable[[], float],
         fixed_hosts: tuple[str, ...] = (),
+        source_towards: Callable[[Address], str | None] = lambda address: None,
         low_ports: bool = False,
         k: int = K,
     ) -> None:
-        """`randbytes` makes tokens, nonces and transactions, which nobody may guess; `rng` only chooses."""
+        """Make the engine of one node.
+
+        Args:
+            randbytes: Makes tokens, nonces and transactions, which nobody may guess; `rng` only chooses.
+            source_towards: The host our datagrams to an address leave from, if the routes can be asked.
+        """
         self.membership = membership
         self.node_id = membership.node_id
         self.k = k
@@ -146,6 +152,7 @@ class Engine:
         self.on_contact: Callable[[Contact], None] = lambda contact: None
         self.on_provider: Callable[[ProviderRecord], None] = lambda record: None
         self.on_hosts: Callable[[], None] = lambda: None
+        self._source_towards = source_towards
         self._low_ports = low_ports
         self._rng = rng
         self._randbytes = randbytes
@@ -197,6 +204,8 @@ class Engine:
         self._queries[type(query).__name__] += 1
         self._admission.received(address, length, now)
         has_token = bool(query.token) and self._admission.check_token(address, query.token, now)
+        if has_token:
+            self.table.heard(address, now)
         room = self._admission.room(address, now)
         if not room:
             self._dropped["over budget"] += 1
@@ -309,9 +318,18 @@ class Engine:
         self._attempt(_Pending(address, node_id, build, expect, done, 1 if to_stranger else ATTEMPTS, to_stranger), now)
 
     def ask_for_proof(
-        self, address: Address, now: float, done: Callable[[Contact | None], None], *, to_stranger: bool = False
+        self,
+        address: Address,
+        now: float,
+        done: Callable[[Contact | None], None],
+        *,
+        claimed_id: bytes | None = None,
+        to_stranger: bool = False,
     ) -> None:
-        """Ask whoever lives there to prove itself; if it does, it enters the table.  Our own address proves nobody."""
+        """Ask whoever lives there to prove itself; if it does, it enters the table.
+
+        Our own address proves nobody, and neither does a key whose id is not `claimed_id`, where one was claimed.
+        """
         nonce = self._randbytes(16)
         key = self.membership.public_key
 
@@ -319,24 +337,31 @@ class Engine:
             return Ping(tx, self.node_id, token, key, nonce, padding)
 
         def answered(answer: Answer | None) -> None:
-            done(self._check_proof(answer, nonce, address) if isinstance(answer, Pong) else None)
+            done(self._check_proof(answer, nonce, address, claimed_id) if isinstance(answer, Pong) else None)
 
         self.ask(build, Pong, address, now, answered, to_stranger=to_stranger)
 
-    def _check_proof(self, pong: Pong, nonce: bytes, address: Address) -> Contact | None:
+    def _check_proof(self, pong: Pong, nonce: bytes, address: Address, claimed_id: bytes | None) -> Contact | None:
         try:
             verify(_PROOF, self.membership.network_id, pong.proof)
             body = wire.decode(pong.proof.body, ContactBody)
+            observed = unpack(body.observed)
         except (IntegrityError, RemoteProtocolError):
             self._dropped["bad proof"] += 1
             return None
         if pong.proof.key == self.membership.public_key:
             _remember(self._ourselves, address, self._now + OURSELVES_PAUSE)
             return None
-        if body.nonce != nonce or body.asker != self.membership.public_key or not self.own.believes(unpack(body.observed)):
+        node_id = node_id_of(pong.proof.key)
+        if (
+            body.nonce != nonce
+            or body.asker != self.membership.public_key
+            or claimed_id not in (None, node_id)
+            or not (self.own.believes(observed) or self._source_towards(address) == observed.host)
+        ):
             self._dropped["bad proof"] += 1
             return None
-        return self._enter(Contact(node_id_of(pong.proof.key), address))
+        return self._enter(Contact(node_id, address))
 
     def _enter(self, contact: Contact) -> Contact:
         contact.last_seen = self._now
@@ -434,7 +459,7 @@ class Engine:
         def vetted(contact: Contact | None) -> None:
             self._vetting[has_token] -= 1
 
-        self.ask_for_proof(address, now, vetted, to_stranger=is_stranger)
+        self.ask_for_proof(address, now, vetted, claimed_id=claimed_id, to_stranger=is_stranger)
 
     def statistics(self, now: float) -> EngineStatistics:
         return EngineStatistics(

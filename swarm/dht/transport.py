@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections import deque
+from collections import OrderedDict, deque
 from contextlib import suppress
 from typing import Final
 
@@ -21,18 +21,34 @@ _BATCH: Final = 64
 """Datagrams taken at one wake-up; the other tasks run in between."""
 
 _MAPPED: Final = "::ffff:"
+_IP_PKTINFO: Final = 8
+"""Linux's number; the socket module of Python 3.11 does not name it."""
+_CONTROL_BYTES: Final = socket.CMSG_SPACE(20)
+_ANY_INTERFACE: Final = b"\0\0\0\0"
+_MAX_REMEMBERED: Final = 4096
+"""Senders of whom it is remembered which of our addresses they wrote to."""
 
 
 class UdpTransport:
-    """`edges.DatagramTransport` over one bound socket.  Whoever opened it closes it (it is a context manager)."""
+    """`edges.DatagramTransport` over one bound socket.  Whoever opened it closes it (it is a context manager).
+
+    Bound to every address, it answers each sender from the address that sender wrote to: on a host with several, the
+    kernel would choose by its routes, and the sender would not know the answer.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         """`sock` is bound and non-blocking; it belongs to the transport from here on."""
         self._socket = sock
         self._is_ipv6 = sock.family == socket.AF_INET6
         self._received: deque[tuple[bytes, Address]] = deque()
-        name = sock.getsockname()
-        self._local = self._address(name)
+        self._local = self._address(sock.getsockname())
+        self._written_to: OrderedDict[Address, bytes] | None = None
+        if self._local.host in ("::", "0.0.0.0"):  # noqa: S104  # asking, not binding
+            self._written_to = OrderedDict()
+            level, option = (
+                (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO) if self._is_ipv6 else (socket.IPPROTO_IP, _IP_PKTINFO)
+            )
+            sock.setsockopt(level, option, 1)
 
     @classmethod
     def open(cls, address: Address) -> UdpTransport:
@@ -60,12 +76,14 @@ class UdpTransport:
             return
         for _ in range(2):
             try:
-                self._socket.sendto(data, name)
+                self._socket.sendmsg((data,), self._control_for(address), 0, name)
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._socket)
             except OSError as error:
                 if error.errno == errno.EBADF:
                     raise trio.ClosedResourceError("this UDP transport is closed") from error
+                if self._written_to is not None:
+                    self._written_to.pop(address, None)  # perhaps that address is no longer ours
                 return
             else:
                 return
@@ -78,17 +96,17 @@ class UdpTransport:
             self._drain()
         return self._received.popleft()
 
-    def _drain(self) -> None:
-        for _ in range(_BATCH):
-            try:
-                data, name = self._socket.recvfrom(messages.MAX_DATAGRAM_BYTES + 1)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno == errno.EBADF:
-                    raise trio.ClosedResourceError("this UDP transport is closed") from error
-                continue  # an ICMP error for something sent earlier: reading took it off the socket
-            self._received.append((data, self._address(name)))
+    def source_towards(self, address: Address) -> str | None:
+        """The host our datagrams to an address leave from, by this machine's routes; `None` if there is no route."""
+        name = self._name(address)
+        if name is None:
+            return None
+        try:
+            with socket.socket(self._socket.family, socket.SOCK_DGRAM) as probe:
+                probe.connect(name)  # sends nothing
+                return self._address(probe.getsockname()).host
+        except OSError:
+            return None
 
     def close(self) -> None:
         with suppress(OSError):
@@ -100,6 +118,41 @@ class UdpTransport:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _drain(self) -> None:
+        for _ in range(_BATCH):
+            try:
+                if self._written_to is None:
+                    data, name = self._socket.recvfrom(messages.MAX_DATAGRAM_BYTES + 1)
+                    self._received.append((data, self._address(name)))
+                else:
+                    self._receive_with_destination(self._written_to)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno == errno.EBADF:
+                    raise trio.ClosedResourceError("this UDP transport is closed") from error
+                continue  # an ICMP error for something sent earlier: reading took it off the socket
+
+    def _receive_with_destination(self, written_to: OrderedDict[Address, bytes]) -> None:
+        data, control, _, name = self._socket.recvmsg(messages.MAX_DATAGRAM_BYTES + 1, _CONTROL_BYTES)
+        address = self._address(name)
+        for level, kind, value in control:
+            if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
+                written_to[address] = value[:16] + _ANY_INTERFACE
+            elif (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
+                written_to[address] = _ANY_INTERFACE + value[4:8] + b"\0\0\0\0"
+        if len(written_to) > _MAX_REMEMBERED:
+            written_to.popitem(last=False)
+        self._received.append((data, address))
+
+    def _control_for(self, address: Address) -> list[tuple[int, int, bytes]]:
+        source = self._written_to.get(address) if self._written_to is not None else None
+        if source is None:
+            return []
+        return [
+            (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, source) if self._is_ipv6 else (socket.IPPROTO_IP, _IP_PKTINFO, source)
+        ]
 
     def _name(self, address: Address) -> tuple[str, int] | None:
         if ":" in address.host:
