@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -67,6 +68,8 @@ def daemon(
       swarm daemon --open-network lab --listen '[::]:7400' --join 10.0.0.7
     """
     from swarm.config import load
+
+    _import_structlog_alone()
     from swarm.logs import configure
 
     settings = load(
@@ -92,6 +95,17 @@ def daemon(
     with flatten():
         trio.run(_run, settings, ready_fd)
     return 0
+
+
+def _import_structlog_alone() -> None:
+    """structlog imports rich, where it is installed, to colour tracebacks: 3 MiB and 30 ms that a daemon has no use for."""
+    if "rich" in sys.modules or "structlog" in sys.modules:
+        return
+    sys.modules["rich"] = None  # type: ignore[assignment]  # documented: an import of it now fails
+    try:
+        import structlog  # noqa: F401
+    finally:
+        del sys.modules["rich"]
 
 
 async def _run(settings: Settings, ready_fd: int | None) -> None:

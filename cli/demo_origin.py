@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
@@ -82,6 +83,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 30
     origin: DemoOrigin
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # a reader that goes away is no news
+            super().handle()
 
     def do_HEAD(self) -> None:
         self._head(200, 0, self.origin.length)

@@ -87,7 +87,7 @@ async def run_node(
         await life.enter_async_context(running(control.run))
         node.control = control
         if face is not None:
-            await life.enter_async_context(running_late(http.serve, node, face, settings.http))
+            await life.enter_async_context(running_aside(http.serve, node, face, settings.http))
 
         kept = [(e.task.id, State.COMPLETE) for e in store.entries() if e.complete and not e.private]
         swarm.announcer.restore(kept)
@@ -246,8 +246,8 @@ async def running(service: Callable[..., Awaitable[object]], *arguments: object)
 
 
 @asynccontextmanager
-async def running_late(service: Callable[..., Awaitable[object]], *arguments: object) -> AsyncIterator[None]:
-    """Start a service that nobody waits for: its imports come after the node is ready."""
+async def running_aside(service: Callable[..., Awaitable[object]], *arguments: object) -> AsyncIterator[None]:
+    """Run a service that does not say when it has started."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(service, *arguments)
         yield

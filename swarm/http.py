@@ -4,7 +4,7 @@ Nothing here changes anything; whatever does goes through the control socket.  I
 address only: a Host header somebody else's web page could cause (DNS rebinding) and any `Origin` are refused, so that a
 browser on this machine is no way in.
 
-Starlette and hypercorn are imported when serving begins, which the daemon does after it is ready.
+Starlette and hypercorn are imported when the first client connects.
 """
 
 from __future__ import annotations
@@ -90,7 +90,31 @@ def listen(settings: HttpSettings) -> socket.socket | None:
 
 
 async def serve(node: Node, listener: socket.socket, settings: HttpSettings) -> None:
-    """Answer requests until cancelled; the listener is closed then."""
+    """Answer requests until cancelled; the listener is closed then.
+
+    The server is imported, in a thread, when the first client connects: a node nobody asks does without its 5 MiB.
+    """
+    with listener:
+        await trio.lowlevel.wait_readable(listener)
+        handle = await trio.to_thread.run_sync(_server, node, settings)
+        active = 0
+
+        async def answer(stream: trio.SocketStream) -> None:
+            nonlocal active
+            if active >= MAX_CONNECTIONS:
+                await stream.aclose()
+                return
+            active += 1
+            try:
+                await handle(stream)
+            finally:
+                active -= 1
+
+        await trio.serve_listeners(answer, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
+
+
+def _server(node: Node, settings: HttpSettings) -> Callable[[trio.SocketStream], Awaitable[None]]:
+    """What answers one connection.  Not `hypercorn.trio.serve`, which accepts without bound."""
     from hypercorn.app_wrappers import ASGIWrapper
     from hypercorn.config import Config
     from hypercorn.trio.tcp_server import TCPServer
@@ -105,22 +129,11 @@ async def serve(node: Node, listener: socket.socket, settings: HttpSettings) -> 
     config.include_server_header = False
     application = ASGIWrapper(guarded(application_for(node), settings.hosts))  # type: ignore[arg-type]  # plain ASGI types
     context = WorkerContext(None)
-    active = 0
 
-    async def answer(stream: trio.SocketStream) -> None:
-        nonlocal active
-        if active >= MAX_CONNECTIONS:
-            await stream.aclose()
-            return
-        active += 1
-        try:
-            # Not `hypercorn.trio.serve`: it accepts without bound.
-            await TCPServer(application, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]  # it takes both
-        finally:
-            active -= 1
+    async def handle(stream: trio.SocketStream) -> None:
+        await TCPServer(application, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]  # it takes both
 
-    with listener:
-        await trio.serve_listeners(answer, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
+    return handle
 
 
 def guarded(application: Asgi, hosts: tuple[str, ...]) -> Asgi:

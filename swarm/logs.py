@@ -16,20 +16,21 @@ import structlog
 
 FIELDS: Final = frozenset(
     {
-        # structlog's own
-        "event", "level", "timestamp", "logger", "exception", "unlisted",
+        # of every line
+        "event", "level", "timestamp", "exception", "unlisted",
         # who and where
-        "node", "peer", "address", "addresses", "port", "listen", "network", "open", "pid", "version", "path", "host",
+        "node", "peer", "address", "host", "listen", "network", "open", "pid", "version", "path", "name",
         # what
-        "task", "digest", "url", "piece", "pieces", "bytes", "kind", "message_kind", "phase", "state", "reason", "status",
-        # numbers
-        "seconds", "count", "limit", "attempt", "attempts", "from_origin", "from_peers", "from_local", "why_origin", "peers",
-        "skew", "held", "rate", "freed", "needed", "tasks", "signal", "hint", "error", "rss",
+        "task", "content", "digest", "url", "piece", "method", "part", "kind", "state", "files", "example", "signal",
+        # how it went
+        "reason", "cause", "error", "problem", "outcome", "status", "seconds", "delay", "attempt", "limit", "skew", "seconds_ahead",
+        # how much
+        "count", "bytes", "pieces", "peers", "tasks", "held", "dropped", "from_origin", "from_peers", "from_local", "why_origin",
     }
 )  # fmt: skip
 
-_CREDENTIALS_IN_URL: Final = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE)
-_QUERY_IN_URL: Final = re.compile(r"([a-z][a-z0-9+.-]*://[^\s?#]+)\?[^\s#\"']*", re.IGNORECASE)
+_CREDENTIALS_IN_URL: Final = re.compile(r"([a-z][a-z0-9+.-]*://)[^/?# \t\r\n\"']*@", re.IGNORECASE)
+_QUERY_IN_URL: Final = re.compile(r"([a-z][a-z0-9+.-]*://[^\s?#]+)[?#][^\s\"']*", re.IGNORECASE)
 _AUTHORIZATION: Final = re.compile(r"\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}", re.IGNORECASE)
 
 

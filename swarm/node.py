@@ -235,11 +235,7 @@ class Node:
         return {"task": entry.task.id.hex(), "removed": True}
 
     async def check_origin(self, url: str) -> dict[str, Any]:
-        """One HEAD, as a fetch would do it."""
-        split_url(url)
-        began = trio.current_time()
-        info = await self._origin.head(Source(url))
-        return {"bytes": info.length, "validator": info.validator, "seconds": round(trio.current_time() - began, 3)}
+        return await origin_view(self._origin, url)
 
     # --- metrics ------------------------------------------------------------------------------------------------------
 
@@ -293,6 +289,18 @@ class Node:
         for prefix, counts in (("dropped", dht.dropped), ("query", dht.queries)):
             for name, count in counts.items():
                 yield "swarm_dht_events_total", {"event": f"{prefix}_{name}"}, count
+
+
+async def origin_view(origin: OriginReader, url: str) -> dict[str, Any]:
+    """One HEAD, as a fetch would do it.
+
+    Raises:
+        SwarmError: What the fetch would fail with.
+    """
+    split_url(url)
+    began = trio.current_time()
+    info = await origin.head(Source(url))
+    return {"bytes": info.length, "validator": info.validator, "seconds": round(trio.current_time() - began, 3)}
 
 
 def _process_samples() -> Iterator[Sample]:
