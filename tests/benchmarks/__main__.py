@@ -19,7 +19,7 @@ from typing import Final
 from tests.benchmarks import many, one, parts
 from tests.benchmarks.many import BenchmarkFailed, Setting
 from tests.benchmarks.report import Limit, Result, Run, machine, row, table, write
-from tests.system.cluster import test_dir
+from tests.system.cluster import hosts_dir
 from tests.system.hosts import HostsError
 from tests.system.origin import MIB, OriginFailed
 from tests.system.processes import NotReady
@@ -130,7 +130,7 @@ CASES: Final = (
     Case(
         "one-to-one-memory",
         "the same into memory: without the disk's share",
-        lambda seed: one.one_to_one(one.GIB, seed, parent=test_dir()),
+        lambda seed: one.one_to_one(one.GIB, seed, parent=hosts_dir()),
     ),
     *(
         Case(f"part-{name}", f"python -m tests.benchmarks.{name}", functools.partial(parts.measure, name))
@@ -181,7 +181,7 @@ def main() -> int:
         return 0
     if os.geteuid() != 0:
         raise SystemExit("hosts are network namespaces: run as root")
-    facts = {**machine(), "hosts_directory": str(test_dir()), "disk_directory": tempfile.gettempdir()}
+    facts = {**machine(), "hosts_directory": str(hosts_dir()), "disk_directory": tempfile.gettempdir()}
     results = []
     for case in cases:
         print(f"{case.name}: {case.title} ...", file=sys.stderr, flush=True)

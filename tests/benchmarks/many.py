@@ -17,7 +17,7 @@ from typing import IO, Any, Final
 
 from tests.benchmarks.report import Run
 from tests.benchmarks.torrent import make
-from tests.system.cluster import Cluster, Fetched, clean_environment, same, test_dir
+from tests.system.cluster import Cluster, Fetched, clean_environment, hosts_dir, same
 from tests.system.hosts import Hosts, Traffic
 from tests.system.origin import MIB, File, NginxOrigin
 from tests.system.processes import Ended, Prepared, cpu_seconds, last_done, prepare, spread, start_together, wait
@@ -67,7 +67,7 @@ class Setting:
 
 @contextmanager
 def laid_out(setting: Setting, seed: int) -> Iterator[tuple[Hosts, NginxOrigin, File]]:
-    with Hosts(setting.hosts) as hosts, NginxOrigin(hosts, parent=test_dir()) as origin:
+    with Hosts(setting.hosts) as hosts, NginxOrigin(hosts, parent=hosts_dir()) as origin:
         file = origin.add("content", setting.length, seed)
         setting.shape(hosts)
         yield hosts, origin, file
@@ -228,7 +228,7 @@ def again(setting: Setting, seed: int) -> Run:
 
 
 def curl(setting: Setting, seed: int) -> Run:
-    with laid_out(setting, seed) as (hosts, origin, file), tempfile.TemporaryDirectory(dir=test_dir()) as work:
+    with laid_out(setting, seed) as (hosts, origin, file), tempfile.TemporaryDirectory(dir=hosts_dir()) as work:
         before = cpu_seconds(origin.pid)
         ends = _curl(hosts, hosts.each(), origin.url(file.name), Path(work), setting.timeout)
         if any(end.code or not same(Path(work) / f"curl-{host}", file) for host, end in zip(hosts.each(), ends, strict=True)):
@@ -296,7 +296,7 @@ class Peer:
 
 def libtorrent(setting: Setting, seed: int) -> Run:
     """The origin seeds, all hosts know one another, and all start at the same moment."""
-    with laid_out(setting, seed) as (hosts, _, file), tempfile.TemporaryDirectory(dir=test_dir()) as work_name:
+    with laid_out(setting, seed) as (hosts, _, file), tempfile.TemporaryDirectory(dir=hosts_dir()) as work_name:
         work = Path(work_name)
         torrent = work / "torrent"
         make(file.path, TORRENT_PIECE, torrent)

@@ -18,7 +18,7 @@ from typing import Final
 from tests.benchmarks.many import BenchmarkFailed, Peer
 from tests.benchmarks.report import Run
 from tests.benchmarks.torrent import make
-from tests.system.cluster import SWARM, Daemon, clean_environment, same, test_dir
+from tests.system.cluster import SWARM, Daemon, clean_environment, hosts_dir, same
 from tests.system.hosts import Hosts
 from tests.system.origin import MIB, File, NginxOrigin
 from tests.system.processes import Ended, Prepared, cpu_seconds, resident, start_together, wait
@@ -45,7 +45,7 @@ def one_to_one(length: int, seed: int, *, parent: Path) -> Run:
     """Three ways of moving the same bytes into a checked file below `parent`."""
     with (
         Hosts(0) as hosts,
-        NginxOrigin(hosts, parent=test_dir()) as origin,
+        NginxOrigin(hosts, parent=hosts_dir()) as origin,
         tempfile.TemporaryDirectory(prefix="swarm-one-", dir=parent) as work_name,
     ):
         file, work = origin.add("content", length, seed), Path(work_name)
@@ -181,7 +181,7 @@ def _libtorrent(hosts: Hosts, file: File, work: Path) -> tuple[float, float]:
 
 def footprint(idle_seconds: float) -> Run:
     """Memory of an idle daemon, how soon it is ready, how soon `swarm --help` answers."""
-    with Hosts(0) as hosts, tempfile.TemporaryDirectory(prefix="swarm-one-", dir=test_dir()) as work_name:
+    with Hosts(0) as hosts, tempfile.TemporaryDirectory(prefix="swarm-one-", dir=hosts_dir()) as work_name:
         work = Path(work_name)
         help_end = _timed(hosts, [SWARM, "--help"], work, "help")
         daemon = _daemon(hosts, SENDER, work / "daemon")

@@ -31,7 +31,7 @@ SWARM: Final = str(Path(sys.executable).parent / "swarm")
 READY_TIMEOUT: Final = 60.0  # seconds; twenty daemons start at once on two cores
 
 
-def test_dir() -> Path:
+def hosts_dir() -> Path:
     """Where data directories go."""
     return Path(os.environ.get("BENCH_HOSTS_DIR", "/dev/shm"))
 
@@ -204,7 +204,7 @@ class Cluster:
         self.daemons: dict[int, Daemon] = {}
         self._network = network
         self._options = options
-        self._parent = parent or test_dir()
+        self._parent = parent or hosts_dir()
         self._fetches: list[Fetch] = []
         self.root = Path()
 

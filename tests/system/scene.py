@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.system.cluster import Cluster, Fetched, same, test_dir
+from tests.system.cluster import Cluster, Fetched, hosts_dir, same
 from tests.system.hosts import Hosts
 from tests.system.origin import File, NginxOrigin
 
@@ -50,7 +50,7 @@ def scene(
     """`number` hosts, every link at `rate`, an origin with a file of `length` bytes; no daemon runs yet."""
     with (
         Hosts(number, ipv4=ipv4, ipv6=ipv6) as hosts,
-        NginxOrigin(hosts, parent=test_dir()) as origin,
+        NginxOrigin(hosts, parent=hosts_dir()) as origin,
         Cluster(hosts, network=network, options=options) as cluster,
     ):
         file = origin.add("content", length)

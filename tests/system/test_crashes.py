@@ -48,20 +48,22 @@ def held_pieces(cluster: Cluster, host: int) -> int:
     return sum(row["held"] for row in json.loads(shown.stdout))
 
 
-def fetch_until(s: Scene, host: int, pieces: int) -> None:
-    """Begin a fetch and let it go on until some pieces are held."""
+def fetch_until(s: Scene, host: int, pieces: int) -> Fetch:
+    """Begin a fetch and let it go on until some pieces are held; it still runs."""
     fetch = s.cluster.fetch(host, s.url, name="begun")
     start_together([fetch.prepared])
     deadline = time.monotonic() + 30
     while held_pieces(s.cluster, host) < pieces:
         assert time.monotonic() < deadline, "no pieces came"
         assert fetch.prepared.collect() is None, f"it ended: {fetch.result()}"
+    return fetch
 
 
 def test_after_kill_9_no_verified_piece_is_downloaded_again() -> None:
     with scene(1, LENGTH, rate="50mbit") as s:
         s.cluster.start_all()
-        fetch_until(s, 1, pieces=16)
+        fetch = fetch_until(s, 1, pieces=16)
+        fetch.prepared.kill()  # else it would go on alone
         s.cluster.daemons[1].kill()
         s.cluster.start(1).wait_ready()
         held = held_pieces(s.cluster, 1)
@@ -88,6 +90,17 @@ def test_a_fetch_whose_daemon_is_killed_goes_on_when_repeated() -> None:
         s.assert_all_have_it([s.cluster.fetch_one(2, s.url, timeout=60), *s.cluster.finish(fetches[:1], 60)])
         s.cluster.stop()
         assert s.copies() <= 1.3
+
+
+def test_a_fetch_whose_daemon_dies_goes_on_alone() -> None:
+    with scene(1, LENGTH, rate="50mbit") as s:
+        s.cluster.start_all()
+        fetch = fetch_until(s, 1, pieces=16)
+        s.cluster.daemons[1].kill()
+        ended = s.cluster.finish([fetch], 30)[0]
+        assert ended.code == 0, ended
+        assert same(ended.path, s.file)
+        assert ended.said["from_local"] >= 14 * PIECE
 
 
 def test_sigterm_lets_a_running_fetch_end_and_exits_with_0() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.cluster import SWARM, clean_environment, test_dir
+from tests.system.cluster import SWARM, clean_environment, hosts_dir
 from tests.system.origin import MIB
 from tests.system.scene import scene
 
@@ -35,8 +35,9 @@ def test_a_daemon_on_every_address_serves_both_families() -> None:
         s.cluster.start(1, listen="[::]:7400").wait_ready()
         s.cluster.start(2, join="10.77.0.1:7400").wait_ready()
         s.cluster.start(3, listen="[fd77::3]:7400", join="[fd77::1]:7400").wait_ready()
-        s.assert_all_have_it([s.cluster.fetch_one(1, s.url, timeout=30)])
-        others = s.cluster.fetch_all(s.url, "--digest", s.file.digest, "--no-origin", timeout=30, on=[2, 3])
+        by_digest = ("--digest", s.file.digest)
+        s.assert_all_have_it([s.cluster.fetch_one(1, s.url, *by_digest, timeout=30)])
+        others = s.cluster.fetch_all(s.url, *by_digest, "--no-origin", timeout=30, on=[2, 3])
         s.assert_all_have_it(others)
         assert [it.said["from_peers"] for it in others] == [LENGTH, LENGTH]
 
@@ -46,7 +47,7 @@ def test_a_daemon_on_every_address_serves_both_families() -> None:
 
 @pytest.fixture
 def authority() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="swarm-authority-", dir=test_dir()) as work:
+    with tempfile.TemporaryDirectory(prefix="swarm-authority-", dir=hosts_dir()) as work:
         directory = Path(work) / "authority"
         network("create", str(directory))
         yield directory
@@ -82,10 +83,10 @@ def test_a_revoked_member_gets_nothing_from_the_others(authority: Path) -> None:
         shutil.copy(authority / "ca.crl", members[host] / "ca.crl")
     with scene(3, LENGTH, network=members) as s:
         s.cluster.start_all()
-        s.assert_all_have_it([s.cluster.fetch_one(1, s.url, timeout=30)])
-        by_digest = ("--digest", s.file.digest, "--no-origin")
-        s.assert_all_have_it([s.cluster.fetch_one(2, s.url, *by_digest, timeout=30)])
-        revoked = s.cluster.fetch_one(3, s.url, *by_digest, timeout=60)
+        by_digest = ("--digest", s.file.digest)
+        s.assert_all_have_it([s.cluster.fetch_one(1, s.url, *by_digest, timeout=30)])
+        s.assert_all_have_it([s.cluster.fetch_one(2, s.url, *by_digest, "--no-origin", timeout=30)])
+        revoked = s.cluster.fetch_one(3, s.url, *by_digest, "--no-origin", timeout=60)
         assert revoked.code not in (0, 130), revoked
         assert "Traceback" not in revoked.end.err
         assert not revoked.path.exists()
@@ -95,9 +96,9 @@ def test_a_member_revoked_while_connected_is_dropped(authority: Path) -> None:
     members = issue(authority, 1, 2)
     with scene(2, LENGTH, network=members) as s:
         s.cluster.start_all()
-        s.assert_all_have_it([s.cluster.fetch_one(1, s.url, timeout=30)])
-        by_digest = ("--digest", s.file.digest, "--no-origin")
-        s.assert_all_have_it([s.cluster.fetch_one(2, s.url, *by_digest, timeout=30)])
+        by_digest = ("--digest", s.file.digest)
+        s.assert_all_have_it([s.cluster.fetch_one(1, s.url, *by_digest, timeout=30)])
+        s.assert_all_have_it([s.cluster.fetch_one(2, s.url, *by_digest, "--no-origin", timeout=30)])
         assert peers(s.cluster.command(1, "peers", "--json")) != []
         network("revoke", str(authority), str(members[2] / "node.crt"))
         shutil.copy(authority / "ca.crl", members[1] / "ca.crl")
@@ -114,8 +115,9 @@ def test_a_member_of_another_network_gets_nothing(authority: Path) -> None:
     network("issue", str(other), "--out", str(other.parent / "stranger"))
     with scene(2, LENGTH, network={**members, 2: other.parent / "stranger"}) as s:
         s.cluster.start_all()
-        s.assert_all_have_it([s.cluster.fetch_one(1, s.url, timeout=30)])
-        stranger = s.cluster.fetch_one(2, s.url, "--digest", s.file.digest, "--no-origin", timeout=60)
+        by_digest = ("--digest", s.file.digest)
+        s.assert_all_have_it([s.cluster.fetch_one(1, s.url, *by_digest, timeout=30)])
+        stranger = s.cluster.fetch_one(2, s.url, *by_digest, "--no-origin", timeout=60)
         assert stranger.code not in (0, 130), stranger
         assert peers(s.cluster.command(1, "peers", "--json")) == []
 
