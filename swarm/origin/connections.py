@@ -59,9 +59,14 @@ class Target:
     permit: Permit
 
     @property
+    def explicit_port(self) -> int | None:
+        """The port, unless it is the scheme's own."""
+        return None if self.port == (443 if self.scheme == "https" else 80) else self.port
+
+    @property
     def authority(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
+        return host if self.explicit_port is None else f"{host}:{self.port}"
 
 
 @dataclass(slots=True)
@@ -199,7 +204,7 @@ class Connections:
     ) -> httpcore.Response:
         request = httpcore.Request(
             method,
-            httpcore.URL(scheme=target.scheme.encode(), host=target.host.encode(), port=target.port, target=path),
+            httpcore.URL(scheme=target.scheme.encode(), host=target.host.encode(), port=target.explicit_port, target=path),
             headers=[(name.encode("ascii"), value.encode("utf-8")) for name, value in headers],
             extensions={"timeout": timeouts},
         )

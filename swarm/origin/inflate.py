@@ -20,10 +20,9 @@ class Inflater:
     """A coded body -> the content.  `feed` all chunks, then call `finish`."""
 
     def __init__(self, encoding: str) -> None:
-        self._bits = 16 + zlib.MAX_WBITS if encoding == "gzip" else zlib.MAX_WBITS
-        self._decoder = zlib.decompressobj(self._bits)
-        self._began = False
-        self._raw_allowed = encoding == "deflate"
+        self._bits = 16 + zlib.MAX_WBITS if encoding == "gzip" else 0
+        self._head = b""
+        self._decoder: zlib._Decompress | None = None
         self._fed = self._out = 0
 
     def feed(self, data: bytes) -> Iterator[bytes]:
@@ -33,32 +32,36 @@ class Inflater:
             OriginError: Not what its Content-Encoding says, or it grows beyond all reason.
         """
         self._fed += len(data)
-        while data:
-            if self._decoder.eof:  # gzip members follow one another
+        data = self._begin(data)
+        part = b""
+        while data or len(part) == MAX_OUTPUT_BYTES:  # a full part may have left output inside the decoder
+            if self._decoder is None or (self._decoder.eof and data):  # gzip members follow one another
                 self._decoder = zlib.decompressobj(self._bits)
-            part = self._step(data)
+            try:
+                part = self._decoder.decompress(data, MAX_OUTPUT_BYTES)
+            except zlib.error as error:
+                raise OriginError("its body is not compressed as it says") from error
             data = self._decoder.unconsumed_tail or self._decoder.unused_data
             self._out += len(part)
             if self._out > max(FREE_BYTES, self._fed * MAX_EXPANSION):
                 raise OriginError("its compressed answer expands beyond all reason")
             if part:
                 yield part
-            elif not self._decoder.eof:
-                return
 
     def finish(self) -> bool:
         """Whether the stream came to its end."""
-        return self._decoder.eof or not self._fed
+        return not self._fed or (self._decoder is not None and self._decoder.eof)
 
-    def _step(self, data: bytes) -> bytes:
-        try:
-            part = self._decoder.decompress(data, MAX_OUTPUT_BYTES)
-        except zlib.error as error:
-            if not self._raw_allowed or self._began:
-                raise OriginError("its body is not compressed as it says") from error
-            # Half of the servers that say deflate leave out the zlib header (RFC 9110, 8.4.1.2, note).
-            self._decoder = zlib.decompressobj(-zlib.MAX_WBITS)
-            self._began = True
-            return self._step(data)
-        self._began = True
-        return part
+    def _begin(self, data: bytes) -> bytes:
+        """Half of the servers that say deflate leave out the zlib header (RFC 9110, 8.4.1.2, note): two bytes tell.
+
+        A raw stream would begin with 8 in its low bits only as a stored block with padding that no encoder writes.
+        """
+        if self._bits:
+            return data
+        self._head += data
+        if len(self._head) < 2:
+            return b""
+        has_header = self._head[0] & 0x0F == 8 and int.from_bytes(self._head[:2], "big") % 31 == 0
+        self._bits = zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
+        return self._head
