@@ -72,7 +72,6 @@ def connect(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
     except sqlite3.Error as error:
         raise StoreError(f"cannot open {path}: {error}") from error
-    connection.execute("PRAGMA cache_size = -512")  # KiB; rows are written once and read once, a cache buys nothing
     return connection
 
 
@@ -84,6 +83,7 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
         StoreError: It is damaged, or not ours.
     """
     try:
+        connection.execute("PRAGMA cache_size = -512")  # KiB; rows are read once in a while, a cache buys nothing
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         application = connection.execute("PRAGMA application_id").fetchone()[0]
         tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
@@ -138,6 +138,7 @@ class Writer:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         """Takes over the connection."""
+        connection.execute("PRAGMA cache_size = -512")
         self._connection = connection
         self._queue: deque[Statement] = deque()
         self._changed = threading.Condition()

@@ -279,8 +279,10 @@ class DiskStore(TaskStore):
         """Delete files that no record names (a crash between the two), forget contents whose file is gone."""
         listed = await self._blocking(_list_files, self._tasks_dir)
         known = {content.file: content for content in self._contents.values()}
-        for file in listed - known.keys():
-            log.info("store_orphan_deleted", file=file)
+        orphans = listed - known.keys()
+        if orphans:
+            log.warning("store_orphans_deleted", files=len(orphans), example=min(orphans))
+        for file in orphans:
             self._discard(file)
         for file in known.keys() - listed:
             content = known[file]

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import trio
 from blake3 import blake3
 
 from swarm import wire
 from swarm.store.disk import DiskStore
 from swarm.store.store import OpenTask, TaskStore
 from swarm.task import Digest, Geometry, Task, blob_task, url_task
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what threads do; the caller sets the time limit."""
+    while not condition():  # noqa: ASYNC110  (no event comes out of a thread we know nothing of)
+        await trio.sleep(0.001)
 
 
 class Material:
