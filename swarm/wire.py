@@ -10,7 +10,8 @@ Signed bodies travel as bytes and are verified as they came: re-encoding is how 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, TypeVar
+import io
+from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import cbor2
 import msgspec
@@ -210,13 +211,18 @@ class ChannelOpen(Struct, frozen=True, array_like=True):
 
 
 class Request(Struct, frozen=True, array_like=True):
-    """Ask for bytes [offset, offset + length) of a piece; piece -1 is the seal table."""
+    """Ask for bytes [offset, offset + length) of a piece; piece -1 is the seal table.
+
+    A `spare` request waits elsewhere too: it is served only where nothing else waits, so that it never takes the place of
+    a piece nobody sends yet.
+    """
 
     id: Annotated[int, Meta(ge=0, lt=1 << 32)]
     task: Bytes32
     piece: Annotated[int, Meta(ge=-1, lt=MAX_PIECES)]
     offset: Annotated[int, Meta(ge=0, le=4 * 1024 * 1024)]
     length: Annotated[int, Meta(ge=0, le=MAX_PIECES * 32)]
+    spare: bool = False
 
 
 class Cancel(Struct, frozen=True, array_like=True):
@@ -273,14 +279,30 @@ def decode(data_untrusted: bytes | memoryview, kind: type[T], *, max_bytes: int 
         raise RemoteProtocolError(f"not a valid {getattr(kind, '__name__', 'message')}: {error}") from error
 
 
+def _refuse_tag(*_: object) -> NoReturn:
+    raise cbor2.CBORDecodeError("tags are not allowed")
+
+
+_NO_TAGS: Final = dict.fromkeys(
+    (0, 1, 2, 3, 4, 5, 25, 28, 29, 30, 35, 36, 37, 52, 54, 100, 256, 258, 260, 261, 1004, 43000, 55799), _refuse_tag
+)
+"""Every tag cbor2 acts on: no message has one, and among them are back references and regular expressions, compiled."""
+
+
 def decode_untyped(data_untrusted: bytes | memoryview) -> Any:
     """Strict CBOR to builtin values; the caller bounds the length.
 
     Raises:
-        RemoteProtocolError: Malformed, too deep, indefinite, duplicate keys, or trailing bytes.
+        RemoteProtocolError: Malformed, too deep, indefinite, tagged, duplicate keys, or trailing bytes.
     """
+    stream = io.BytesIO(data_untrusted)
     try:
-        return cbor2.loads(data_untrusted, max_depth=MAX_DEPTH, allow_indefinite=False, allow_duplicate_keys=False)
+        value = cbor2.load(
+            stream, max_depth=MAX_DEPTH, allow_indefinite=False, allow_duplicate_keys=False, semantic_decoders=_NO_TAGS
+        )
+        if stream.read(1):
+            raise RemoteProtocolError("trailing bytes after CBOR")
+        return value
     except (cbor2.CBORError, ValueError, RecursionError, TypeError, OverflowError) as error:
         raise RemoteProtocolError(f"malformed CBOR: {error}") from error
 
@@ -300,7 +322,9 @@ def encode_frame(messages: list[Message]) -> bytes:
 def join_frame(encoded: list[bytes]) -> bytes:
     """One control frame of messages that `encode` has already encoded; at most 1,024 of them."""
     count = len(encoded)
-    header = bytes((0x80 | count,)) if count < 24 else bytes((0x98, count)) if count < 256 else b"\x99" + count.to_bytes(2, "big")
+    header = (
+        bytes((0x80 | count,)) if count < 24 else bytes((0x98, count)) if count < 256 else b"\x99" + count.to_bytes(2, "big")
+    )
     return header + b"".join(encoded)
 
 
@@ -317,7 +341,7 @@ def decode_frame(data_untrusted: bytes) -> list[Message]:
 
 
 def decode_channel_frame(data_untrusted: bytes) -> ChannelFrame:
-    """A request (5 fields) or a cancel (1 field).
+    """A request (5 or 6 fields) or a cancel (1 field).
 
     Raises:
         RemoteProtocolError: Neither.

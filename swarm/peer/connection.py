@@ -56,7 +56,12 @@ class ConnectionStatistics:
 
 
 class Connection:
-    """Frames in, messages out; messages in, frames out."""
+    """Frames in, messages out; messages in, frames out.
+
+    Attributes:
+        hello: The peer's, once it has come.
+        flush_at: When `next_frame` has something, infinite if nothing waits.
+    """
 
     def __init__(self, now: float) -> None:
         self.hello: wire.Hello | None = None
@@ -66,7 +71,7 @@ class Connection:
         self._nonce = 0
         self._queue: deque[wire.Message] = deque()
         self._queued_bytes = 0
-        self._flush_at = float("inf")
+        self.flush_at = float("inf")
         self._messages = Flood("messages", 5_000, 10_000, now)
         self._pings = Flood("pings", 5, 20, now)
         self._frames_sent = self._frames_received = self._messages_sent = self._messages_received = 0
@@ -113,19 +118,19 @@ class Connection:
     # --- out --------------------------------------------------------------------------------------------------
 
     def post(self, message: wire.Message, now: float, *, urgent: bool = True) -> bool:
-        """Queue a message; returns whether the driver should look at `next_frame` or `deadline` again.
+        """Queue a message; returns whether `flush_at` is nearer now.
 
         Raises:
             QueueFull: The peer does not read; close the connection.
         """
-        flush_at = self._flush_at
+        flush_at = self.flush_at
         if not self._merged(message):
             self._queue.append(message)
             self._queued_bytes += weight(message)
             if len(self._queue) > MAX_QUEUED_MESSAGES or self._queued_bytes > MAX_QUEUED_BYTES:
                 raise QueueFull(f"{len(self._queue)} messages of {self._queued_bytes} bytes wait for the peer")
-        self._flush_at = min(flush_at, now if urgent else now + LINGER_SECONDS)
-        return self._flush_at < flush_at
+        self.flush_at = min(flush_at, now if urgent else now + LINGER_SECONDS)
+        return self.flush_at < flush_at
 
     def _merged(self, message: wire.Message) -> bool:
         """Join a `Have` to the one before it: order is kept, and the other side has one message to decode instead of many."""
@@ -140,7 +145,7 @@ class Connection:
 
     def next_frame(self, now: float) -> bytes | None:
         """The next frame to send, or `None` if nothing is due."""
-        if now < self._flush_at:
+        if now < self.flush_at:
             return None
         parts: list[bytes] = []
         size = 0
@@ -153,7 +158,7 @@ class Connection:
             parts.append(part)
             self._queued_bytes -= weight(queue.popleft())
         if not queue:
-            self._flush_at = float("inf")
+            self.flush_at = float("inf")
             self._queued_bytes = 0
         if not parts:
             return None
@@ -164,10 +169,10 @@ class Connection:
     # --- time -------------------------------------------------------------------------------------------------
 
     def deadline(self) -> float:
-        """When to call `tick` and `next_frame` if nothing happens before."""
+        """When to call `tick` if nothing happens before."""
         if self.hello is None:
-            return min(self._flush_at, self._opened + SETUP_SECONDS)
-        return min(self._flush_at, max(self._heard, self._pinged) + PING_SECONDS, self._heard + DEAD_SECONDS)
+            return self._opened + SETUP_SECONDS
+        return min(max(self._heard, self._pinged) + PING_SECONDS, self._heard + DEAD_SECONDS)
 
     def tick(self, now: float) -> None:
         """Notice silence: ping after 10 s of it.

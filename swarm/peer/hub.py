@@ -109,6 +109,7 @@ class PeerHub:
         self._membership = membership
         self._clock = clock
         self._links: dict[NodeId, Link] = {}
+        self._all: set[Link] = set()
         self._unfinished: dict[NodeId, Link] = {}
         self._opening: dict[NodeId, Link] = {}
         self._dialler = Dialler(self, may_dial)
@@ -222,6 +223,7 @@ class PeerHub:
         await nursery.start(server.run)
         self._state = _Running(nursery, server, download_rate)
         nursery.start_soon(self._watch.run)
+        nursery.start_soon(self._liveness)
         nursery.start_soon(self._housekeeping)
 
     @property
@@ -414,9 +416,11 @@ class PeerHub:
         )
 
     async def run_link(self, link: Link) -> None:
+        self._all.add(link)
         try:
             await link.run()
         finally:
+            self._all.discard(link)
             self._finish(link)
             link.settled.set()
 
@@ -504,6 +508,12 @@ class PeerHub:
         for link in list(self._links.values()):
             if self._membership.certificate_of(link.public_key) is None:
                 link.end("no longer a member", code=websocket.REFUSED)
+
+    async def _liveness(self) -> None:
+        while True:
+            now = trio.current_time()
+            # At least once a second, for the links made meanwhile.
+            await trio.sleep_until(min([now + 1.0, *(link.tick(now) for link in list(self._all))]))
 
     async def _housekeeping(self) -> None:
         while True:

@@ -64,6 +64,7 @@ class Link:
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._wake = trio.Event()
+        self._sending_since = float("inf")
         self._connection = Connection(trio.current_time())
         self._socket = ControlSocket(stream, self._frame_received, client=dialled, host=str(remote))
         self._fetchers: dict[bool, Fetcher] = {}
@@ -84,10 +85,21 @@ class Link:
     def post(self, message: wire.TaskMessage, *, urgent: bool = True) -> None:
         self.queue(message, urgent=urgent)
 
-    def request(self, request_id: int, task_id: bytes, piece: int, offset: int, length: int, *, private: bool = False) -> None:
+    def request(
+        self,
+        request_id: int,
+        task_id: bytes,
+        piece: int,
+        offset: int,
+        length: int,
+        *,
+        private: bool = False,
+        spare: bool = False,
+    ) -> None:
         if self.ended:
             return
-        self._fetcher(private or self.encrypted_pieces).request(wire.Request(request_id, task_id, piece, offset, length))
+        request = wire.Request(request_id, task_id, piece, offset, length, spare)
+        self._fetcher(private or self.encrypted_pieces).request(request)
 
     def cancel(self, request_id: int) -> None:
         for fetcher in self._fetchers.values():
@@ -147,6 +159,21 @@ class Link:
         self._hub.link_ending(self)
         self._scope.cancel()
 
+    def tick(self, now: float) -> float:
+        """Look for silence; returns when to look again.  The hub does this for all links: a timer for each frame sent, of
+        each link, would be a fifth of what a frame costs."""
+        if self.ended:
+            return float("inf")
+        try:
+            self._connection.tick(now)
+            if now >= self._sending_since + SEND_SECONDS:
+                raise PeerError(f"took nothing for {SEND_SECONDS:g} s")
+        except SwarmError as error:
+            self.end(str(error), code=websocket.REFUSED if self.hello is None else websocket.GOING_AWAY)
+        if self._connection.flush_at <= now:
+            self._wake.set()
+        return min(self._connection.deadline(), self._sending_since + SEND_SECONDS)
+
     async def run(self) -> None:
         """From the WebSocket handshake to the end; the caller (the hub) cleans up after it.  Never raises but by
         cancellation."""
@@ -186,22 +213,20 @@ class Link:
             await (self._socket.connect() if self.dialled else self._socket.accept())
         if not self._hub.is_arbiter(self.node_id):
             self.queue(self._hub.make_hello(self.ticket))
+        connection, socket = self._connection, self._socket
         while True:
-            now = trio.current_time()
-            self._connection.tick(now)
-            frame = self._connection.next_frame(now)
+            frame = connection.next_frame(trio.current_time())
             if frame is not None:
-                await self._send(frame)
+                self._sending_since = trio.current_time()
+                await socket.send(frame)
+                self._sending_since = float("inf")
                 continue
             self._wake = trio.Event()
-            with trio.move_on_at(self._connection.deadline()):
+            if connection.flush_at == float("inf"):
                 await self._wake.wait()
-
-    async def _send(self, frame: bytes) -> None:
-        with trio.move_on_after(SEND_SECONDS) as scope:
-            await self._socket.send(frame)
-        if scope.cancelled_caught:
-            raise PeerError(f"took nothing for {SEND_SECONDS:g} s")
+            else:
+                with trio.move_on_at(connection.flush_at):
+                    await self._wake.wait()
 
     def _frame_received(self, frame_untrusted: bytes) -> None:
         if self.ended:
@@ -214,8 +239,8 @@ class Link:
             if self.ended:
                 return
             self._events.message_received(self, message)
-        if self._connection.deadline() <= now:
-            self._wake.set()
+        if self._connection.flush_at <= now:
+            self._wake.set()  # a ping to answer
 
     @property
     def _events(self) -> PeerEvents:

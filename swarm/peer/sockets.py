@@ -165,7 +165,9 @@ class SocketStream(trio.abc.Stream):
         self._sock = sock
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        await trio.lowlevel.checkpoint_if_cancelled()
+        # Nearly always nothing has come yet: waiting first saves a system call and an exception.
+        if self._nothing_decrypted():
+            await self._wait(ssl.SSLWantReadError())
         while True:
             try:
                 return self._sock.recv(max_bytes or 65536)
@@ -173,6 +175,12 @@ class SocketStream(trio.abc.Stream):
                 await self._wait(want)
             except (OSError, ValueError) as error:
                 raise self._error() from error
+
+    def _nothing_decrypted(self) -> bool:
+        try:
+            return not (isinstance(self._sock, ssl.SSLSocket) and self._sock.pending())
+        except (OSError, ValueError) as error:
+            raise self._error() from error
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()

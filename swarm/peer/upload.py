@@ -34,6 +34,9 @@ MAX_REQUESTS_PER_CHANNEL: Final = 256
 MAX_REQUESTS: Final = 4096
 """In all: bounds the time of one choice (a pass over all of them) to a few milliseconds."""
 
+SPARE_RANK: Final = 1 << 40
+"""Puts requests that wait elsewhere too behind all others: sent as often as not in vain, 6-9 % of all bytes in simulations."""
+
 MAX_COUNTED_PIECES: Final = 1 << 16
 """Pieces of which the number of copies sent is remembered; the task not served for longest is forgotten first."""
 
@@ -170,6 +173,9 @@ class Uploader:
         """When `next` may answer differently although nothing happened; infinite if it will not."""
         if not self._queued or not self._active or len(self._active) >= self._slots:
             return float("inf")
+        if all(queue.active is not None or not queue.requests for queue in self._queues.values()):
+            # Whatever waits, waits behind a transfer on its own channel: time alone changes nothing.
+            return float("inf")
         return max(transfer.progressed for transfer in self._active) + STALL_SECONDS
 
     def _slot_free(self, now: float) -> bool:
@@ -193,6 +199,8 @@ class Uploader:
                 count = copies.get(piece)
                 if count is None:
                     count = copies[piece] = self._copies_of(*piece)
+                if request.spare:
+                    count += SPARE_RANK
                 if count < least:
                     least = count
                     candidates = [(channel, request)]

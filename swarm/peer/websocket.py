@@ -16,7 +16,7 @@ import trio
 from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection
 from wsproto import ConnectionType, WSConnection
 from wsproto.connection import ConnectionState
-from wsproto.events import BytesMessage, CloseConnection, Event, RejectConnection
+from wsproto.events import CloseConnection, Event, RejectConnection
 from wsproto.utilities import LocalProtocolError as WebSocketMisuse
 from wsproto.utilities import RemoteProtocolError as WebSocketViolation
 
@@ -90,11 +90,6 @@ class Frames(WSConnection):
             self._on_message(self._messages.popleft())
         yield from super().events()
 
-    def send(self, event: Event) -> bytes:
-        if type(event) is BytesMessage and self.state is ConnectionState.OPEN:
-            return self._frame(bytes(event.data))
-        return super().send(event)
-
     def _receive_head(self) -> None:
         """Pass the head on, and only that: wsproto would parse frames that came in the same packet by its own rules."""
         end = self._unparsed.find(_HEAD_END)
@@ -158,7 +153,8 @@ class Frames(WSConnection):
         if self.state in (ConnectionState.OPEN, ConnectionState.LOCAL_CLOSING):
             super().receive_data(frame)
 
-    def _frame(self, payload: bytes) -> bytes:
+    def message(self, payload: bytes) -> bytes:
+        """One binary message as one frame."""
         length = len(payload)
         # The mask protects HTTP proxies from content chosen by web pages; under TLS there are neither, so its key is zero.
         bit, mask = (0x80, _NO_MASK) if self.client else (0, b"")
@@ -192,10 +188,10 @@ class ControlSocket:
         self, stream: trio.abc.Stream, on_message: Callable[[bytes], None], *, client: bool, host: str = "swarm"
     ) -> None:
         self._stream = stream
-        frames = Frames(ConnectionType.CLIENT if client else ConnectionType.SERVER, on_message, trio.current_time)
+        self._frames = Frames(ConnectionType.CLIENT if client else ConnectionType.SERVER, on_message, trio.current_time)
         self._socket = WebSocketConnection(
             stream,
-            frames,
+            self._frames,
             host=host if client else None,
             path=PATH if client else None,
             max_message_size=MAX_FRAME_BYTES,
@@ -252,10 +248,20 @@ class ControlSocket:
         Raises:
             PeerError: The connection is closed.
         """
+        if self._socket.closed:
+            raise PeerError(self.close_reason)
+        # What `send_message` does, without a scheduling round for a lock that is free.
+        lock = self._socket._stream_lock
         try:
-            await self._socket.send_message(message)
-        except ConnectionClosed as error:
-            raise PeerError(self.close_reason) from error
+            lock.acquire_nowait()
+        except trio.WouldBlock:
+            await lock.acquire()  # the reader answers a close or a ping
+        try:
+            await self._stream.send_all(self._frames.message(message))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise PeerError("connection lost") from error
+        finally:
+            lock.release()
 
     async def aclose(self, code: int = 1000, reason: str = "") -> None:
         """Send a close frame if that is quickly done, then close the stream.  Safe to call when cancelled."""
