@@ -201,8 +201,20 @@ class PeerLink(Protocol):
         """
         ...
 
-    def request(self, request_id: int, task_id: bytes, piece: int, offset: int, length: int, *, private: bool = False) -> None:
+    def request(
+        self,
+        request_id: int,
+        task_id: bytes,
+        piece: int,
+        offset: int,
+        length: int,
+        *,
+        private: bool = False,
+        spare: bool = False,
+    ) -> None:
         """Ask for part of a piece (piece -1: the seal table); the pieces channel is opened at the first request.
+
+        `private` bytes travel over TLS; a `spare` request waits at another peer too.
 
         Exactly one of `PeerEvents.piece_received`, `piece_failed` follows, unless the link goes down first.
         """

@@ -57,8 +57,11 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Request:
+    """Ask a neighbour for a piece; a spare request waits elsewhere too."""
+
     node_id: NodeId
     piece: int
+    spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -574,11 +577,11 @@ class Exchange:
         if not missing.any() or not self.neighbours:
             return
         holders = [neighbour for neighbour in self.neighbours.values() if neighbour.held.any()]
-        for neighbour, piece in choose_requests(
+        for neighbour, piece, spare in choose_requests(
             holders, missing, self.requests, self.counts, self.policy, self._rng, now,
             fetching=bool(self.reading), first=self.first,
         ):  # fmt: skip
-            self._do(Request(neighbour.node_id, piece))
+            self._do(Request(neighbour.node_id, piece, spare))
 
     # reading the origin
 

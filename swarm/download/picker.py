@@ -95,8 +95,8 @@ def choose_requests(
     *,
     fetching: bool,
     first: Sequence[int] = (),
-) -> list[tuple[Neighbour, int]]:
-    """Pieces to ask for now, already entered in `requests`.
+) -> list[tuple[Neighbour, int, bool]]:
+    """Pieces to ask for now, already entered in `requests`; with `True` for those that wait at another neighbour too.
 
     Args:
         missing: Pieces wanted, not held, and not being read from the origin by us.
@@ -106,7 +106,7 @@ def choose_requests(
     """
     if len(requests.arriving) >= policy.arriving:
         return []
-    chosen: list[tuple[Neighbour, int]] = []
+    chosen: list[tuple[Neighbour, int, bool]] = []
     wanted = missing.copy()
     for under_way in requests.arriving:
         wanted[under_way] = False
@@ -118,15 +118,15 @@ def choose_requests(
     busy = fetching or bool(requests.arriving)
     for neighbour in order:
         while len(neighbour.queued) < policy.queued:
-            available = fresh & neighbour.held
-            piece = _pick(available, counts, rng, first)
+            piece = _pick(fresh & neighbour.held, counts, rng, first)
+            spare = piece is None
             if piece is None and not neighbour.queued:
                 piece = _pick_endgame(wanted & neighbour.held, requests, neighbour, counts, policy, rng, busy=busy, first=first)
             if piece is None:
                 break
             fresh[piece] = False
             requests.add(neighbour, piece)
-            chosen.append((neighbour, piece))
+            chosen.append((neighbour, piece, spare))
     return chosen
 
 

@@ -678,8 +678,8 @@ class DownloadService:
                 link = self._link(node_id)
                 if link is not None:
                     link.post(message, urgent=urgent)
-            case ex.Request(node_id, piece):
-                self._request(active, node_id, piece)
+            case ex.Request(node_id, piece, spare):
+                self._request(active, node_id, piece, spare)
             case ex.CancelRequest(node_id, piece):
                 self._cancel(active, node_id, piece)
             case ex.ReadOrigin(piece, why):
@@ -696,7 +696,7 @@ class DownloadService:
     def _link(self, node_id: NodeId) -> PeerLink | None:
         return self._network.link(node_id) if self._network is not None else None
 
-    def _request(self, active: Active, node_id: NodeId, piece: int) -> None:
+    def _request(self, active: Active, node_id: NodeId, piece: int, spare: bool) -> None:
         link = self._link(node_id)
         if link is None:
             active.exchange.peer_left(node_id, trio.current_time())
@@ -704,7 +704,15 @@ class DownloadService:
         self._request_id = (self._request_id + 1) & 0xFFFFFFFF
         self._pending[node_id, self._request_id] = Pending(active, piece)
         active.request_ids[node_id, piece] = self._request_id
-        link.request(self._request_id, active.task.id, piece, 0, active.geometry.size(piece), private=active.stored.private)
+        link.request(
+            self._request_id,
+            active.task.id,
+            piece,
+            0,
+            active.geometry.size(piece),
+            private=active.stored.private,
+            spare=spare,
+        )
 
     def _cancel(self, active: Active, node_id: NodeId, piece: int) -> None:
         request_id = active.request_ids.pop((node_id, piece), None)

@@ -1,0 +1,507 @@
+"""The modelled world: hosts with links, an origin, control messages with latency; the nodes in it run the real code.
+
+What is modelled: bandwidth both ways, latency, handshakes, deaths noticed late.  What is real: discovery, announcements,
+claims, exchange, upload order, proofs with real signatures.  What is absent: CPU, TCP, loss on streams, disks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from random import Random
+
+import msgspec
+import trio
+from blake3 import blake3
+
+from simulations.events import Events
+from simulations.pipes import Downlink, Flow, Uplink, blocks_of
+from swarm import wire
+from swarm.download.policy import Policy
+from swarm.download.request import Fetched, FetchRequest
+from swarm.download.service import DownloadService
+from swarm.edges import Address, Body, Discovery, NodeId, OriginInfo, PeerLink, Served, Source, Started
+from swarm.errors import NotAMember, PeerError, SwarmError
+from swarm.identity import Identity, verify
+from swarm.peer.upload import Channel, Transfer, Uploader
+from swarm.store.memory import MemoryStore
+from swarm.task import Digest, Geometry
+
+MBIT = 1_000_000 / 8
+URL = "http://origin.example/content"
+FRAME_OVERHEAD = 60
+"""Bytes of WebSocket, TLS, TCP and IP a control frame costs beside its CBOR."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One scenario.  Rates are bytes a second, sizes bytes, times seconds."""
+
+    nodes: int
+    length: int
+    origin_rate: float
+    node_rate: float
+    arrival: float = 0.05
+    seed: int = 1
+    slow: dict[int, float] = field(default_factory=dict)
+    """Node number -> factor its links are slower by."""
+
+
+class Content:
+    """One real content in memory, with the digests of its pieces."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.bytes = Random(seed).randbytes(length)
+        self.geometry = Geometry.of(length)
+        self.digest = Digest("sha256", hashlib.sha256(self.bytes).hexdigest())
+        self.digests = [blake3(self.piece(i)).digest() for i in range(self.geometry.piece_count)]
+
+    def piece(self, number: int) -> memoryview:
+        start = self.geometry.offset(number)
+        return memoryview(self.bytes)[start : start + self.geometry.size(number)]
+
+
+class SimulatedMembership:
+    """Everybody in the world is a member; signatures are real."""
+
+    network_id = hashlib.sha256(b"simulation").digest()
+    is_open = True
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+        self._known: set[bytes] = {identity.public_key}
+        self.node_id = identity.node_id
+        self.public_key = identity.public_key
+        self.certificate = identity.public_key
+
+    def sign(self, kind: str, body: msgspec.Struct) -> wire.Signed:
+        return self._identity.sign(kind, self.network_id, wire.encode(body))
+
+    def verify(self, kind: str, signed_untrusted: wire.Signed, body: type[Body]) -> Body:
+        if signed_untrusted.key not in self._known:
+            raise NotAMember("not met yet")
+        verify(kind, self.network_id, signed_untrusted)
+        return wire.decode(signed_untrusted.body, body)
+
+    def learn(self, certificate_untrusted: bytes) -> bytes:
+        self._known.add(certificate_untrusted)
+        return certificate_untrusted
+
+    def certificate_of(self, public_key: bytes) -> bytes | None:
+        return public_key if public_key in self._known else None
+
+    def task_key(self, task_id: bytes) -> bytes:
+        return hashlib.blake2b(task_id, digest_size=20, key=self.network_id).digest()
+
+    def datagram_mac(self, data: bytes) -> tuple[int, bytes]:
+        return 0, hashlib.blake2b(data, digest_size=16, key=self.network_id).digest()
+
+    def check_datagram_mac(self, epoch: int, mac: bytes, data: bytes) -> bool:
+        return epoch == 0 and mac == hashlib.blake2b(data, digest_size=16, key=self.network_id).digest()
+
+
+@dataclass(eq=False, slots=True)
+class Link:
+    """One end of a connection between two nodes."""
+
+    near: Node
+    far: Node
+    latency: float
+    up: bool = True
+    other: Link | None = None
+    outbox: list[wire.TaskMessage] = field(default_factory=list)
+    flows: dict[int, Flow] = field(default_factory=dict)
+
+    @property
+    def node_id(self) -> NodeId:
+        return self.far.node_id
+
+    @property
+    def public_key(self) -> bytes:
+        return self.far.identity.public_key
+
+    @property
+    def address(self) -> Address:
+        return self.far.address
+
+    @property
+    def encrypted_pieces(self) -> bool:
+        return False
+
+    def post(self, message: wire.TaskMessage, *, urgent: bool = True) -> None:
+        if not self.up or not self.near.alive:
+            return
+        self.outbox.append(message)
+        if len(self.outbox) == 1:
+            self.near.world.events.after(0.0 if urgent else 0.05, self._depart)
+
+    def _depart(self) -> None:
+        frame, self.outbox = self.outbox, []
+        self.near.world.count_frame(frame)
+        self.near.world.events.after(self.latency, lambda: self._arrive(frame))
+
+    def _arrive(self, frame: list[wire.TaskMessage]) -> None:
+        other = self.other
+        if other is None or not other.up or not other.near.alive:
+            return
+        for message in frame:
+            other.near.service.message_received(other, message)
+
+    def request(
+        self,
+        request_id: int,
+        task_id: bytes,
+        piece: int,
+        offset: int,
+        length: int,
+        *,
+        private: bool = False,
+        spare: bool = False,
+    ) -> None:
+        request = wire.Request(request_id, task_id, piece, offset, length, spare)
+        self.near.world.events.after(self.latency, lambda: self.far.asked(self, request))
+
+    def cancel(self, request_id: int) -> None:
+        self.near.world.events.after(self.latency, lambda: self.far.cancelled(self, request_id))
+
+    def drop(self, reason: str) -> None:
+        self.near.world.events.after(0, lambda: self.near.world.disconnect(self, reason))
+
+    def failed(self, request_id: int, status: int) -> None:
+        """Tell the asker, on this its own end, after the way back."""
+        self.near.world.events.after(self.latency, lambda: self._failed(request_id, status))
+
+    def _failed(self, request_id: int, status: int) -> None:
+        if self.up and self.near.alive:
+            self.near.service.piece_failed(self, request_id, status)
+
+
+class Node:
+    """A host: its links' rates, and the real service on it."""
+
+    def __init__(self, world: World, number: int, seed: bytes, rate: float) -> None:
+        self.world = world
+        self.number = number
+        self.identity = Identity(seed)
+        self.node_id = self.identity.node_id
+        self.address = Address(f"10.0.{number // 250}.{number % 250 + 1}", 7400)
+        self.membership = SimulatedMembership(self.identity)
+        self.uplink = Uplink(world.events, rate)
+        self.downlink = Downlink(world.events, rate)
+        self.alive = True
+        self.by_peer: dict[NodeId, Link] = {}
+        self.scope = trio.CancelScope()
+        self.store = MemoryStore(keep_bytes=False, content_digest=lambda *_: world.content.digest)
+        self.service: DownloadService
+        self.uploader: Uploader
+        self._wake_at = float("inf")
+
+    def build(self, discovery: Discovery) -> None:
+        rng = Random(self.world.rng.getrandbits(64))
+        self.service = DownloadService(
+            self.membership, self.store, discovery, self.world.origin_for(self),
+            policy=self.world.policy, rng=rng, wall_clock=lambda: 1_800_000_000 + trio.current_time(),
+        )  # fmt: skip
+        self.service.attach(self)
+        self.uploader = Uploader(self.service, rng=Random(self.world.rng.getrandbits(64)))
+
+    # edges.PeerNetwork
+
+    async def connect(self, node_id: NodeId, addresses: Sequence[Address]) -> PeerLink:
+        return await self.world.connect(self, node_id)
+
+    def link(self, node_id: NodeId) -> PeerLink | None:
+        return self.by_peer.get(node_id)
+
+    def links(self) -> Sequence[PeerLink]:
+        return list(self.by_peer.values())
+
+    # serving
+
+    def asked(self, asker: Link, request: wire.Request) -> None:
+        if self.alive and asker.up:
+            if self.uploader.enqueue(Channel(asker.near.node_id), request):
+                self._pump()
+            else:
+                asker.failed(request.id, wire.BUSY)
+
+    def cancelled(self, asker: Link, request_id: int) -> None:
+        if self.alive and self.uploader.cancel(Channel(asker.near.node_id), request_id):
+            asker.failed(request_id, wire.CANCELLED)
+
+    def _pump(self) -> None:
+        now = trio.current_time()
+        while self.alive and (transfer := self.uploader.next(now)) is not None:
+            self._serve(transfer)
+        deadline = self.uploader.next_deadline()
+        if deadline < self._wake_at:
+            self._wake_at = deadline
+            self.world.events.at(deadline, self._woken)
+
+    def _woken(self) -> None:
+        self._wake_at = float("inf")
+        self._pump()
+
+    def _serve(self, transfer: Transfer) -> None:
+        asker = self.world.by_id[transfer.node_id].by_peer.get(self.node_id)
+        request = transfer.request
+        served = self.service.serve(transfer.node_id, request, encrypted=False)
+        if asker is None or isinstance(served, int):
+            self.uploader.ended(transfer, complete=False)
+            if asker is not None and isinstance(served, int):
+                asker.failed(request.id, served)
+            return
+        receiver = asker
+
+        def departed(size: int) -> None:
+            self.uploader.progressed(transfer, trio.current_time(), size)
+
+        def sent() -> None:
+            self.uploader.ended(transfer, complete=True)
+            self.service.uploaded(transfer.node_id, request, request.length)
+            self._pump()
+
+        def end() -> None:
+            receiver.flows.pop(request.id, None)
+            self.world.received(receiver, request)
+
+        flow = Flow(
+            blocks_of(request.length), receiver.near.downlink, receiver.latency, lambda _size: None, end, sent, departed
+        )
+        receiver.flows[request.id] = flow
+        self.world.events.after(receiver.latency, lambda: self.world.started(receiver, request, served))
+        self.uplink.start(flow)
+
+    def channel_down(self, node_id: NodeId) -> None:
+        self.uploader.forget(Channel(node_id))
+        self._pump()
+
+
+class SimulatedOrigin:
+    """The origin as one node reads it."""
+
+    def __init__(self, world: World, node: Node) -> None:
+        self._world = world
+        self._node = node
+
+    async def head(self, source: Source) -> OriginInfo:
+        await trio.sleep(2 * self._world.latency())
+        self._world.heads += 1
+        return OriginInfo(self._world.shape.length, "etag:1", True, "1")
+
+    @asynccontextmanager
+    async def read(
+        self, source: Source, start: int = 0, stop: int | None = None, *, expect: OriginInfo | None = None
+    ) -> AsyncIterator[OriginReading]:
+        world = self._world
+        end = world.shape.length if stop is None else stop
+        latency = world.latency()
+        await trio.sleep(2 * latency)
+        send, receive = trio.open_memory_channel[int](1 << 20)
+        flow = Flow(blocks_of(end - start), self._node.downlink, latency, send.send_nowait, send.close)
+        world.origin_uplink.start(flow)
+        try:
+            yield OriginReading(world, start, receive)
+        finally:
+            flow.cancelled = True
+            send.close()
+            receive.close()
+
+
+@dataclass(slots=True)
+class OriginReading:
+    world: World
+    start: int
+    blocks: trio.MemoryReceiveChannel[int]
+
+    @property
+    def length(self) -> int | None:
+        return self.world.shape.length
+
+    async def chunks(self) -> AsyncIterator[memoryview]:
+        position = self.start
+        async for size in self.blocks:
+            yield memoryview(self.world.content.bytes)[position : position + size]
+            position += size
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run showed.
+
+    Attributes:
+        seconds: Per node that finished, its own arrival to its own completion.
+        copies: Bytes out of the origin over the length.
+    """
+
+    seconds: list[float]
+    copies: float
+    floor: float
+    unfinished: int
+    frames: int
+    frame_bytes: int
+    why: dict[str, int]
+    errors: list[str]
+
+    @property
+    def last(self) -> float:
+        return max(self.seconds)
+
+    def percentile(self, share: float) -> float:
+        ordered = sorted(self.seconds)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+class World:
+    """Hosts, their connections and the origin."""
+
+    def __init__(self, shape: Shape, *, policy: Policy | None = None) -> None:
+        self.shape = shape
+        self.policy = policy or Policy()
+        self.rng = Random(shape.seed)
+        self.events = Events()
+        self.content = Content(shape.length, shape.seed)
+        self.origin_uplink = Uplink(self.events, shape.origin_rate)
+        self.heads = 0
+        self.frames = 0
+        self.frame_bytes = 0
+        self.nodes = [
+            Node(self, number, self.rng.randbytes(32), shape.node_rate / shape.slow.get(number, 1.0))
+            for number in range(shape.nodes)
+        ]
+        self.by_id = {node.node_id: node for node in self.nodes}
+
+    def latency(self) -> float:
+        return self.rng.uniform(0.001, 0.02)
+
+    def origin_for(self, node: Node) -> SimulatedOrigin:
+        return SimulatedOrigin(self, node)
+
+    def count_frame(self, frame: list[wire.TaskMessage]) -> None:
+        self.frames += 1
+        self.frame_bytes += FRAME_OVERHEAD + sum(40 + 150 * len(getattr(m, "claims", ())) for m in frame)
+
+    async def connect(self, near: Node, node_id: NodeId) -> Link:
+        far = self.by_id.get(node_id)
+        latency = self.latency()
+        await trio.sleep(3 * latency)
+        if far is None or not far.alive or not near.alive:
+            raise PeerError("nobody there")
+        existing = near.by_peer.get(node_id)
+        if existing is not None:
+            return existing
+        here, there = Link(near, far, latency), Link(far, near, latency)
+        here.other, there.other = there, here
+        near.membership.learn(far.identity.public_key)
+        far.membership.learn(near.identity.public_key)
+        near.by_peer[far.node_id] = here
+        far.by_peer[near.node_id] = there
+        near.service.link_up(here)
+        far.service.link_up(there)
+        return here
+
+    def disconnect(self, link: Link, reason: str) -> None:
+        """Both ends go down; each node that is alive is told."""
+        for end in (link, link.other):
+            if end is None or not end.up:
+                continue
+            end.up = False
+            if end.near.by_peer.get(end.far.node_id) is end:
+                del end.near.by_peer[end.far.node_id]
+            for flow in end.flows.values():
+                flow.cancelled = True
+            end.flows.clear()
+            end.near.channel_down(end.far.node_id)
+            if end.near.alive:
+                end.near.service.link_down(end, reason)
+
+    def kill(self, node: Node) -> None:
+        """The host dies without a word; its neighbours notice after 0.3 to 2 seconds."""
+        node.alive = False
+        node.uplink.up = False
+        node.scope.cancel()
+        for link in list(node.by_peer.values()):
+            if link.other is not None:
+                end = link.other
+                self.events.after(self.rng.uniform(0.3, 2.0), lambda end=end: self.disconnect(end, "died"))
+
+    def started(self, receiver: Link, request: wire.Request, served: Served) -> None:
+        if receiver.up and receiver.near.alive:
+            started = Started(request.id, request.length, served.proof, served.certificate)
+            if not receiver.near.service.piece_started(receiver, started):
+                self.disconnect(receiver, "refused")
+
+    def received(self, receiver: Link, request: wire.Request) -> None:
+        if receiver.up and receiver.near.alive:
+            digest = self.content.digests[request.piece]
+            receiver.near.service.piece_received(receiver, request.id, digest, self.content.piece(request.piece))
+
+    async def run(
+        self,
+        discovery_for: Callable[[Node, trio.Nursery], Discovery],
+        *,
+        seconds: float = 600.0,
+        script: Callable[[World], None] | None = None,
+        before: float = 0.0,
+    ) -> Outcome:
+        """Start everybody, let all fetch, and wait until the living are done or `seconds` have passed.
+
+        Args:
+            before: Seconds for the overlay to form before the first fetch.
+            script: Schedules deaths and the like on `events`, called when the fetching starts.
+        """
+        done: dict[int, Fetched] = {}
+        errors: list[str] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.events.run)
+            for node in self.nodes:
+                node.build(discovery_for(node, nursery))
+                await nursery.start(self._live, node)
+            await trio.sleep(before)
+            if script is not None:
+                script(self)
+            with trio.move_on_after(seconds):
+                async with trio.open_nursery() as fetches:
+                    for node in self.nodes:
+                        delay = self.rng.uniform(0, self.shape.arrival)
+                        fetches.start_soon(self._fetch, node, delay, done, errors)
+            nursery.cancel_scope.cancel()
+        shape = self.shape
+        floor = max(
+            shape.length / shape.origin_rate,
+            shape.length / shape.node_rate,
+            shape.nodes * shape.length / (shape.origin_rate + shape.nodes * shape.node_rate),
+        )
+        why: dict[str, int] = {}
+        for node in self.nodes:
+            for reason, count in node.service.totals.why_origin.items():
+                why[reason] = why.get(reason, 0) + count
+        return Outcome(
+            [fetched.seconds for fetched in done.values()],
+            self.origin_uplink.sent / shape.length,
+            floor,
+            sum(node.alive for node in self.nodes) - sum(self.nodes[number].alive for number in done),
+            self.frames,
+            self.frame_bytes,
+            why,
+            errors,
+        )
+
+    async def _live(self, node: Node, *, task_status: trio.TaskStatus[None]) -> None:
+        with node.scope:
+            await node.service.run(task_status=task_status)
+
+    async def _fetch(self, node: Node, delay: float, done: dict[int, Fetched], errors: list[str]) -> None:
+        await trio.sleep(delay)
+        if not node.alive:
+            return
+        try:
+            fetched, stored = await node.service.fetch(FetchRequest(Source(URL)))
+        except SwarmError as error:
+            if node.alive:
+                errors.append(f"{node.number}: {error}")
+            return
+        stored.close()
+        done[node.number] = fetched
