@@ -155,6 +155,20 @@ def test_nobody_is_a_member_once_the_authority_is_out_of_date(tmp_path, wall):
     assert not b.is_member(a.public_key)
 
 
+def test_a_certificate_that_outlives_its_authority_ends_with_it(tmp_path, wall):
+    closed = ClosedNetwork(tmp_path, wall, days=10)
+    b = closed.load("b")
+    key = certificates.load_key((closed.directory / "ca.key").read_bytes())
+    generous = certificates.make_authority(key, "test", not_before=wall.now - DAY, not_after=wall.now + 999 * DAY)
+    own = Identity.generate()
+    long_lived = certificates.issue(generous, key, own.public_key, not_before=wall.now, not_after=wall.now + 99 * DAY)
+    b.learn(long_lived)
+    wall.now += 10 * DAY
+    assert not b.is_member(own.public_key)
+    with pytest.raises(NotAMember, match="authority out of date"):
+        b.learn(long_lived)
+
+
 def test_roles_are_the_certificates(closed):
     a, b = closed.load("a", roles=("seed",)), closed.load("b")
     assert b.roles_of(a.public_key) == frozenset()
@@ -302,6 +316,12 @@ def test_a_certificate_of_our_own_making_is_renewed_in_time(closed, wall):
 def test_a_network_secret_needs_the_nodes_own_key(closed, wall):
     with pytest.raises(ConfigError, match="no key of its own"):
         network.load(secret_directory(closed), clock=wall)
+
+
+def test_an_authority_key_others_can_read_stops_the_start(closed, wall):
+    (closed.directory / "ca.key").chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        network.load(secret_directory(closed), identity=Identity.generate(), clock=wall)
 
 
 def test_a_network_secret_with_another_authoritys_key_is_refused(closed, wall):

@@ -23,6 +23,13 @@ def test_a_new_file_never_takes_the_place_of_another(tmp_path: Path):
     assert (tmp_path / "key").read_bytes() == b"first"
 
 
+def test_a_new_file_never_takes_the_place_of_a_dangling_link(tmp_path: Path):
+    (tmp_path / "key").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError):
+        private_files.create(tmp_path / "key", b"secret")
+    assert (tmp_path / "key").is_symlink()
+
+
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
