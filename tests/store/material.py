@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ async def until(condition: Callable[[], object]) -> None:
     """Wait for what threads do; the caller sets the time limit."""
     while not condition():  # noqa: ASYNC110  (no event comes out of a thread we know nothing of)
         await trio.sleep(0.001)
+
+
+def fast_directory() -> Path:
+    """A new directory, in memory where there is room for it: nothing tested with it depends on a real disk."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="swarm-", dir=memory if memory.is_dir() else None))
 
 
 class Material:
