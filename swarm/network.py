@@ -37,7 +37,7 @@ from swarm.identity import verify as verify_signature
 from swarm.network_files import NetworkFiles, Print
 
 POLL_SECONDS: Final = 5.0
-"""How long a changed file or an expired member may go unnoticed.  A poll is eight `stat` calls, 20 us."""
+"""How long a changed file or an expired member may go unnoticed.  A poll is ten `stat` calls, 40 us."""
 
 MAX_MEMBERS: Final = 65_536
 """Certificates remembered, about 1 KiB each.  Only the authority can make more, or a member that holds its key."""

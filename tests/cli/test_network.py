@@ -1,6 +1,7 @@
 """`swarm network`: what it prints, what it leaves on disk, what it refuses."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -294,3 +295,14 @@ def test_an_authority_key_of_another_network_is_said(authority):
     with pytest.raises(ConfigError, match=r"ca\.key is not the key of ca\.crt"):
         issue(authority, "n")
     assert not (authority.parent / "n" / "node.crt").exists()
+
+
+@pytest.mark.parametrize("page", ["network.md", "cert-manager.md"])
+def test_the_how_to_works_as_written(page, tmp_path, monkeypatch):
+    """Each line that begins with `$ swarm network`, in the order of the page."""
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / page).read_text()
+    lines = [line for line in text.splitlines() if line.startswith("$ swarm network ")]
+    assert lines
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        run(*shlex.split(line)[3:])
