@@ -262,7 +262,10 @@ class Fetcher:
         total = len(view)
         view[: len(first)] = first
         filled, hashed = len(first), 0
+        self.received += filled
         limited = self._rate.limits
+        if limited:
+            self._rate.take(task_id, filled, trio.current_time())
         while filled < total:
             stop = min(total, hashed + CHUNK_BYTES)
             if limited:

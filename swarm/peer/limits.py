@@ -19,6 +19,8 @@ within the burst."""
 MIN_BURST_BYTES: Final = 16 * 1024
 """Under one TLS record a send costs more than it carries."""
 
+MIN_DELAY_SECONDS: Final = 0.001
+
 MAX_TASK_BUCKETS: Final = 1024
 """Tasks with a bucket of their own; protects memory from a node that serves many thousands of small tasks."""
 
@@ -52,7 +54,9 @@ class TokenBucket:
         if not self.rate:
             return 0.0
         self._refill(now)
-        return max(0.0, (min(wanted, self.burst) - self._tokens) / self.rate)
+        missing = min(wanted, self.burst) - self._tokens
+        # Never less than a timer can wait: a delay lost in rounding would be a busy loop.
+        return max(MIN_DELAY_SECONDS, missing / self.rate) if missing > 0 else 0.0
 
     def _refill(self, now: float) -> None:
         self._tokens = min(self.burst, self._tokens + (now - self._updated) * self.rate)

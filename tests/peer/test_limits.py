@@ -159,3 +159,18 @@ def test_remembered_failures_are_bounded():
     assert len(failures) == 10
     assert failures.blocked(99, 1.0)
     assert not failures.blocked(0, 1.0)
+
+
+def test_waiting_for_the_last_byte_is_not_lost_in_rounding():
+    bucket = TokenBucket(1 << 20, 0.0)
+    now = 1e9 / 3
+    bucket.take(int(bucket.burst))
+    bucket.allowed(1, now)
+    bucket.take(bucket.allowed(1 << 30, now))
+    for _ in range(10):
+        if bucket.allowed(1, now):
+            break
+        later = now + bucket.delay(1, now)
+        assert later > now
+        now = later
+    assert bucket.allowed(1, now) == 1
