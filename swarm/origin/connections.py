@@ -30,6 +30,7 @@ from swarm.errors import ConfigError, NotPermitted, OriginUnreachable
 from swarm.origin.answers import Headers
 from swarm.origin.retry import AttemptFailed, Cause, Health
 from swarm.origin.settings import OriginSettings, matches_host
+from swarm.origin.tls import TlsStream
 
 # At DEBUG it writes whole header lists, Location and Set-Cookie among them.
 logging.getLogger("httpcore").setLevel(logging.WARNING)
@@ -300,7 +301,7 @@ class PinnedStream(httpcore.AsyncNetworkStream):
         is_public: Whether the other end has a public address.
     """
 
-    def __init__(self, tcp: trio.abc.Stream, tls: trio.SSLStream[trio.abc.Stream] | None = None, *, is_public: bool) -> None:
+    def __init__(self, tcp: trio.abc.Stream, tls: TlsStream | None = None, *, is_public: bool) -> None:
         self._tcp = tcp
         self._stream: trio.abc.Stream = tls if tls is not None else tcp
         self.abandoned = False
@@ -329,16 +330,18 @@ class PinnedStream(httpcore.AsyncNetworkStream):
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.AsyncNetworkStream:
-        tls = trio.SSLStream(self._tcp, ssl_context, server_hostname=server_hostname, https_compatible=True)
+        tls = TlsStream(self._tcp, ssl_context, server_hostname or "")
         try:
             with trio.fail_after(timeout if timeout is not None else float("inf")):
-                await tls.do_handshake()
+                await tls.handshake()
         except BaseException as error:
             await trio.aclose_forcefully(self._tcp)
             if isinstance(error, trio.TooSlowError):
                 raise httpcore.ConnectTimeout(f"no TLS within {timeout:g} s") from error
-            if isinstance(error, (trio.BrokenResourceError, ssl.CertificateError)):
+            if isinstance(error, ssl.SSLError):
                 raise _tls_failure(server_hostname or "", error) from error
+            if isinstance(error, (trio.BrokenResourceError, trio.ClosedResourceError)):
+                raise httpcore.ConnectError("the connection broke during the TLS handshake") from error
             raise
         return PinnedStream(self._tcp, tls, is_public=self.is_public)
 
@@ -347,22 +350,21 @@ class PinnedStream(httpcore.AsyncNetworkStream):
 
     def get_extra_info(self, info: str) -> Any:
         if info == "ssl_object":
-            return self._stream if isinstance(self._stream, trio.SSLStream) else None
+            return None  # httpcore would ask it about HTTP/2
         if info == "is_readable":
             return isinstance(self._tcp, trio.SocketStream) and self._tcp.socket.is_readable()
         return None
 
 
-def _tls_failure(host: str, error: BaseException) -> Exception:
+def _tls_failure(host: str, error: ssl.SSLError) -> Exception:
     """A wrong certificate does not become right by asking again; a broken connection may."""
-    reason = error.__cause__ if isinstance(error, trio.BrokenResourceError) else error
-    if isinstance(reason, ssl.SSLCertVerificationError):
+    if isinstance(error, ssl.SSLCertVerificationError):
         return OriginUnreachable(
-            f"the certificate of {host} is refused: {reason.verify_message}; a private authority can be named in origin.ca"
+            f"the certificate of {host} is refused: {error.verify_message}; a private authority can be named in origin.ca"
         )
-    if isinstance(reason, ssl.SSLError) and not isinstance(reason, ssl.SSLEOFError):
-        return OriginUnreachable(f"no TLS with {host}: {reason.reason or 'handshake failed'}; is it an http:// address?")
-    return httpcore.ConnectError("the connection broke during the TLS handshake")
+    if isinstance(error, ssl.SSLEOFError):
+        return httpcore.ConnectError("the connection broke during the TLS handshake")
+    return OriginUnreachable(f"no TLS with {host}: {error.reason or 'handshake failed'}; is it an http:// address?")
 
 
 @contextlib.contextmanager

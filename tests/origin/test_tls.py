@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -17,6 +18,7 @@ from cryptography.x509.oid import NameOID
 from swarm.edges import Source
 from swarm.errors import ConfigError, NotPermitted, OriginUnreachable, SwarmError
 from swarm.origin.origin import OriginReader, OriginSettings
+from swarm.origin.tls import TlsStream
 from tests.origin.web import CONTENT, Asked, Reply, Web, content_reply, take
 
 SOURCE = Source("https://files.example/model.bin")
@@ -200,3 +202,107 @@ def test_verification_is_never_switched_off() -> None:
     assert context.check_hostname
     assert context.verify_mode is ssl.CERT_REQUIRED
     assert context.minimum_version >= ssl.TLSVersion.TLSv1_2
+
+
+# --- the stream itself ---------------------------------------------------------------------------------------------
+
+
+class Wire(trio.abc.Stream):
+    """A connection that somebody sits on.
+
+    Args:
+        cut: Most bytes delivered at a time.
+        tamper: Flip a bit of the byte at this offset of what is received.
+    """
+
+    def __init__(self, inner: trio.abc.Stream, cut: int = 1 << 20, tamper: int | None = None) -> None:
+        self.inner = inner
+        self.cut = cut
+        self.tamper = tamper
+        self.received = 0
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        data = bytearray(await self.inner.receive_some(min(self.cut, max_bytes or self.cut)))
+        if self.tamper is not None and self.received <= self.tamper < self.received + len(data):
+            data[self.tamper - self.received] ^= 1
+        self.received += len(data)
+        return bytes(data)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self.inner.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.inner.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+def talk(directory: Path, cut: int = 1 << 20, tamper: int | None = None, content: bytes = CONTENT) -> tuple[bytes, int]:
+    """Send `content` through a `TlsStream` and back; what came back, and the bytes that travelled to us."""
+    server = server_context(directory, "files.example")
+    client = ssl.create_default_context(cafile=authority_file(directory))
+    got = bytearray()
+    wires: list[Wire] = []
+
+    async def main() -> None:
+        ours, theirs = trio.testing.memory_stream_pair()
+        wire = Wire(ours, cut, tamper)
+        wires.append(wire)
+
+        async def echo() -> None:
+            tls = trio.SSLStream(theirs, server, server_side=True)
+            try:
+                while data := await tls.receive_some():
+                    await tls.send_all(data)
+            except trio.BrokenResourceError:
+                pass
+            finally:
+                await trio.aclose_forcefully(theirs)
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(echo)
+                stream = TlsStream(wire, client, "files.example")
+                try:
+                    await stream.handshake()
+                    nursery.start_soon(stream.send_all, content)
+                    while len(got) < len(content):
+                        data = await stream.receive_some()
+                        assert data
+                        got.extend(data)
+                finally:
+                    await trio.aclose_forcefully(stream)
+
+    trio.run(main)
+    return bytes(got), wires[0].received
+
+
+@pytest.mark.parametrize("cut", [1, 7, 16_384, 1 << 20])
+def test_bytes_arrive_however_the_network_cuts_them(tmp_path: Path, cut: int) -> None:
+    content = CONTENT[:20_000] if cut < 100 else CONTENT
+    assert talk(tmp_path, cut, content=content)[0] == content
+
+
+def test_a_byte_changed_on_the_way_is_never_delivered(tmp_path: Path) -> None:
+    travelled = talk(tmp_path)[1]
+    for part in range(1, 10):
+        broken = pytest.RaisesExc((ssl.SSLError, trio.BrokenResourceError))
+        with pytest.RaisesGroup(broken, allow_unwrapped=True, flatten_subgroups=True):
+            talk(tmp_path, tamper=travelled * part // 10)
+
+
+def test_a_body_cut_off_inside_tls_is_not_taken_for_whole(tmp_path: Path) -> None:
+    async def act(reader: OriginReader) -> None:
+        async with reader.read(SOURCE) as body:
+            chunks = body.chunks()
+            assert await anext(chunks) == b"x" * 100
+            with pytest.raises(OriginUnreachable):
+                await anext(chunks)
+
+    async def short(asked: Asked) -> None:
+        await asked.stream.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: 200\r\n\r\n" + b"x" * 100)
+
+    web = tls_site(server_context(tmp_path, "files.example"))
+    web.serve("files.example", short, port=443)
+    web(act, OriginSettings(ca=(("files.example", authority_file(tmp_path)),)))
