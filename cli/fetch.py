@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import sys
 import time
@@ -121,15 +122,10 @@ def _range(text: str | None) -> list[int | None] | None:
     """`A-B` (both included, as in HTTP) to a half-open pair."""
     if text is None:
         return None
-    first, dash, last = text.partition("-")
-    if (
-        not dash
-        or not first.isdecimal()
-        or (last and not last.isdecimal())
-        or len(text) > 40
-        or (last and int(last) < int(first))
-    ):
+    match = re.fullmatch(r"([0-9]{1,18})-([0-9]{0,18})", text)
+    if match is None or (match[2] and int(match[2]) < int(match[1])):
         raise ConfigError(f"--range {text[:80]}: write FIRST-LAST, both counted from 0 and included, or FIRST-")
+    first, last = match[1], match[2]
     return [int(first), int(last) + 1 if last else None]
 
 

@@ -23,9 +23,11 @@ FIELDS: Final = frozenset(
         # what
         "task", "content", "digest", "url", "piece", "method", "part", "kind", "state", "files", "example", "signal",
         # how it went
-        "reason", "cause", "error", "problem", "outcome", "status", "seconds", "delay", "attempt", "limit", "skew", "seconds_ahead",
+        "reason", "cause", "error", "problem", "outcome", "status", "seconds", "delay", "attempt", "limit", "skew",
+        "seconds_ahead",
         # how much
-        "count", "bytes", "pieces", "peers", "tasks", "held", "dropped", "from_origin", "from_peers", "from_local", "why_origin",
+        "count", "bytes", "pieces", "peers", "tasks", "held", "dropped", "from_origin", "from_peers", "from_local",
+        "why_origin",
     }
 )  # fmt: skip
 

@@ -87,6 +87,11 @@ def activity_view(activity: TaskActivity) -> dict[str, Any]:
     }
 
 
+def _names(entry: Entry) -> set[str]:
+    names = {entry.task.id.hex(), entry.task.url}
+    return names | {str(entry.digest)} if entry.digest is not None else names
+
+
 def find_entry(entries: list[Entry], name: str) -> Entry:
     """The entry somebody means: a task id or the beginning of one, a digest, or a URL.
 
@@ -95,7 +100,7 @@ def find_entry(entries: list[Entry], name: str) -> Entry:
         ConfigError: More than one, or too short to say.
     """
     wanted = name.strip()
-    exact = [entry for entry in entries if wanted in (entry.task.id.hex(), str(entry.digest), entry.task.url)]
+    exact = [entry for entry in entries if wanted and wanted in _names(entry)]
     if len(exact) == 1:
         return exact[0]
     if exact:
