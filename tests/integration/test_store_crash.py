@@ -84,7 +84,7 @@ def check_held(path: Path) -> set[int]:
 
 
 def kill_again_and_again(writer: Writer, directory: Path, kills: int, pause: float, most: int, seed: int) -> tuple[int, int]:
-    """Kill `kills` children, each after some pieces; return how many held pieces were written again, and the most a kill lost."""
+    """Kill `kills` children, each after some pieces; return held pieces written again, and the most one kill lost."""
     rng = random.Random(seed)
     path, generation = directory / "0", 0
     again = worst = 0
