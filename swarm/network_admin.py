@@ -145,7 +145,7 @@ def revoke(directory: Path, members: Sequence[str], *, days: float, now: float) 
     """Add members to the revocation list, and renew it; return the list and the serial numbers that are new in it.
 
     Args:
-        members: Node ids (every certificate issued to it from here), or paths of certificates.
+        members: Node ids, or paths of certificates.  Whatever else was issued to the node from here is revoked too.
         days: Until the list should be renewed, even if nobody else is revoked.
 
     Raises:
@@ -259,9 +259,12 @@ def _read_certificate(path: Path, authority: Authority) -> Member:
 
 
 def _serials(directory: Path, authority: Authority, member: str) -> set[int]:
-    if not _NODE_ID.fullmatch(member):
-        return {_read_certificate(Path(member), authority).serial}
-    serials = {issued.serial for issued in _issued(directory, authority, f"{member}-*.crt")}
+    """Of every certificate the node may still have: one of several would let it come back with another."""
+    named = None if _NODE_ID.fullmatch(member) else _read_certificate(Path(member), authority)
+    node_id = member if named is None else named.node_id.hex()
+    serials = {issued.serial for issued in _issued(directory, authority, f"{node_id}-*.crt")}
+    if named is not None:
+        serials.add(named.serial)
     if not serials:
         raise ConfigError(f"no certificate was issued to {member} from {directory}; give the file of its certificate")
     return serials

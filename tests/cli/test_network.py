@@ -161,6 +161,22 @@ def test_a_node_is_revoked_by_its_certificate_file(authority):
         network.load(node)
 
 
+def test_a_revoked_node_does_not_come_back_with_an_older_certificate(authority):
+    node = issue(authority, "n")
+    older = network.load(node)
+    issue(authority, "n")
+    assert len(run_json("revoke", authority, node / "node.crt")["revoked"]) == 2
+    with pytest.raises(NotAMember, match="revoked"):
+        network.load(issue(authority, "m")).learn(older.certificate)
+
+
+def test_a_certificate_issued_elsewhere_by_the_authority_is_revoked_by_its_file(authority):
+    node = issue(authority, "n")
+    for path in (authority / "issued").iterdir():
+        path.unlink()
+    assert run_json("revoke", authority, node / "node.crt")["total"] == 1
+
+
 def test_revoking_adds_to_the_list_and_never_forgets(authority):
     a, b = issue(authority, "a"), issue(authority, "b")
     run("revoke", authority, a / "node.crt")
