@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 import ssl
 import time
@@ -28,7 +27,7 @@ import msgspec
 import structlog
 import trio
 
-from swarm import certificates, network_files, wire
+from swarm import certificates, network_files, tls, wire
 from swarm.certificates import Authority, Member, Revoked
 from swarm.errors import ConfigError, NotAMember, SwarmError
 from swarm.group_secret import Epoch, GroupSecret
@@ -273,8 +272,8 @@ class Network:
     def _context(self, *, server: bool) -> ssl.SSLContext:
         context = self._contexts.get(server)
         if context is None:
-            context = _make_context(self._authority, server=server)
-            _load_own(context, self._own.certificate, self.identity)
+            context = tls.make_context(self._authority, server=server)
+            tls.load_own(context, self._own.certificate, self.identity)
             self._contexts[server] = context
         return context
 
@@ -357,7 +356,7 @@ class Network:
             return False
         self._own = self._check_own(certificate)
         for context in self._contexts.values():
-            _load_own(context, certificate, self.identity)
+            tls.load_own(context, certificate, self.identity)
         return True
 
     def _reload_secret(self, source: _Source) -> bool:
@@ -544,35 +543,6 @@ def open_network(
 
 def _derive(name: str, purpose: bytes) -> bytes:
     return hashlib.blake2b(name.encode("ascii"), digest_size=32, key=purpose, person=b"swarm/1/open").digest()
-
-
-# --- TLS -----------------------------------------------------------------------------------------------------------
-
-
-def _make_context(authority: Authority, *, server: bool) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False  # identity is the key, checked by `learn`
-    context.verify_mode = ssl.CERT_REQUIRED
-    # The authority may be what a company's PKI calls an intermediate: it is trusted as it stands, its issuer is not asked.
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    context.load_verify_locations(cadata=authority.certificate)
-    if server:
-        context.num_tickets = 0  # a resumed session would not show its certificate again
-    return context
-
-
-def _load_own(context: ssl.SSLContext, certificate: bytes, own: Identity) -> None:
-    """`ssl` takes keys from files only; an anonymous file in memory keeps this one off every disk."""
-    descriptor = os.memfd_create("swarm-node-key", os.MFD_CLOEXEC)
-    try:
-        with os.fdopen(os.dup(descriptor), "wb") as file:
-            file.write(certificates.render_certificate(certificate) + certificates.render_key(own))
-        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
-    except ssl.SSLError as error:
-        raise ConfigError(f"OpenSSL does not take the node's certificate and key: {error.reason}") from error
-    finally:
-        os.close(descriptor)
 
 
 def _date(seconds: float) -> str:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from cryptography.x509.oid import NameOID
 
-from swarm import certificates, network, network_admin
+from swarm import certificates, network, network_admin, tls
 from swarm.certificates import Authority
 from swarm.errors import ConfigError, NotAMember
 from swarm.identity import Identity
@@ -63,8 +63,8 @@ def peer(end: ssl.SSLObject) -> bytes:
 
 def context_of(authority: Authority, certificate: bytes, key: Identity, *, server: bool) -> ssl.SSLContext:
     """What somebody with this certificate and key would use who does not run our checks on itself."""
-    context = network._make_context(authority, server=server)
-    network._load_own(context, certificate, key)
+    context = tls.make_context(authority, server=server)
+    tls.load_own(context, certificate, key)
     return context
 
 
@@ -204,7 +204,7 @@ def test_an_rsa_key_with_a_certificate_of_our_authority_is_refused_by_learn(clos
         certificate.public_bytes(serialization.Encoding.PEM)
         + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
-    context = network._make_context(b._authority, server=False)
+    context = tls.make_context(b._authority, server=False)
     context.load_cert_chain(both)
     _, far = handshake(context, b.server_context())
     with pytest.raises(NotAMember, match="RSA"):
