@@ -92,6 +92,10 @@ class RateLimit:
         if self._task_rate:
             self._task(task_id, now).take(count)
 
+    def task_is_tighter(self, task_id: bytes, wanted: int, now: float) -> bool:
+        """Whether it is the task's own rate that holds `wanted` bytes up, while other tasks might go on."""
+        return bool(self._task_rate) and self._task(task_id, now).delay(wanted, now) > self._node.delay(wanted, now)
+
     def delay(self, task_id: bytes, wanted: int, now: float) -> float:
         """Seconds to wait before `allowed` grants a useful amount."""
         # Half a burst: waking for every byte that drips in would cost more than it moves, waiting for a whole burst

@@ -355,7 +355,11 @@ class PiecesServer:
             if allowed:
                 return allowed
             delay = self._rate.delay(transfer.request.task, wanted, now)
-            self._uploader.progressed(transfer, now + delay, 0)
+            if self._rate.task_is_tighter(transfer.request.task, wanted, now):
+                transfer.limited = True
+                self._start()
+            else:
+                self._uploader.progressed(transfer, now + delay, 0)
             progress.excuse(now + delay)
             await trio.sleep(delay)
 

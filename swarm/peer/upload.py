@@ -55,12 +55,14 @@ class Transfer:
     Attributes:
         progressed: When bytes last moved.
         sent: Bytes of the body so far.
+        limited: Its task's rate limit holds it up, so it does not fill the uplink and others may go on beside it.
     """
 
     channel: Channel
     request: wire.Request
     progressed: float
     sent: int = 0
+    limited: bool = False
 
     @property
     def node_id(self) -> NodeId:
@@ -170,18 +172,20 @@ class Uploader:
         self._counted -= len(self._copies.pop(task_id, ()))
 
     def next_deadline(self) -> float:
-        """When `next` may answer differently although nothing happened; infinite if it will not."""
+        """When `next`, which has just answered `None`, may answer differently although nothing happened; infinite if never."""
         if not self._queued or not self._active or len(self._active) >= self._slots:
             return float("inf")
         if all(queue.active is not None or not queue.requests for queue in self._queues.values()):
             # Whatever waits, waits behind a transfer on its own channel: time alone changes nothing.
             return float("inf")
-        return max(transfer.progressed for transfer in self._active) + STALL_SECONDS
+        return self._stalled_at()
 
     def _slot_free(self, now: float) -> bool:
-        if not self._active:
-            return True
-        return len(self._active) < self._slots and all(now >= t.progressed + STALL_SECONDS for t in self._active)
+        return len(self._active) < self._slots and now >= self._stalled_at()
+
+    def _stalled_at(self) -> float:
+        """When every transfer that could fill the uplink will have stalled, if none moves before."""
+        return max((t.progressed + STALL_SECONDS for t in self._active if not t.limited), default=float("-inf"))
 
     def _choose(self) -> tuple[Channel, wire.Request] | None:
         """The waiting request with the least (copies, pieces its asker has); ties at random.

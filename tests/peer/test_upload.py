@@ -250,6 +250,18 @@ def test_what_is_remembered_of_copies_is_bounded(monkeypatch):
     assert sum(map(len, uploader._copies.values())) <= 100 == uploader._counted
 
 
+def test_a_transfer_its_tasks_limit_holds_up_leaves_the_uplink_to_others():
+    uploader = make()
+    for number in range(3):
+        uploader.enqueue(channel(number), ask(1, number))
+    first = uploader.next(0.0)
+    assert first is not None
+    first.limited = True
+    second = uploader.next(0.0)
+    assert second is not None
+    assert uploader.next(0.0) is None  # the second one fills it
+
+
 class Machine(RuleBasedStateMachine):
     """Whatever peers do, the books balance and no promise about slots is broken."""
 
@@ -272,10 +284,15 @@ class Machine(RuleBasedStateMachine):
     def choose(self, pause: float) -> None:
         self.now += pause
         busy = {transfer.channel for transfer in self.active}
-        moving = any(self.now < transfer.progressed + STALL_SECONDS for transfer in self.active)
+        moving = any(self.now < t.progressed + STALL_SECONDS and not t.limited for t in self.active)
         transfer = self.uploader.next(self.now)
         could = any(key not in busy for key, _ in self.waiting) and len(self.active) < MAX_SLOTS and not moving
         assert (transfer is not None) == could
+        if transfer is None:
+            deadline = self.uploader.next_deadline()
+            assert deadline > self.now, "a driver that sleeps until then would spin"
+            waits = len(self.active) < MAX_SLOTS and any(key not in busy for key, _ in self.waiting)
+            assert (deadline < float("inf")) == waits
         if transfer is not None:
             assert transfer.channel not in busy
             self.waiting.remove((transfer.channel, transfer.request.id))
@@ -291,6 +308,11 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def progress(self, data: st.DataObject) -> None:
         self.uploader.progressed(self.active[data.draw(st.integers(0, len(self.active) - 1))], self.now, 1)
+
+    @precondition(lambda self: self.active)
+    @rule(data=st.data())
+    def limit(self, data: st.DataObject) -> None:
+        self.active[data.draw(st.integers(0, len(self.active) - 1))].limited = True
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
