@@ -1,4 +1,5 @@
-"""`make bench`, or ``python -m tests.benchmarks [CASE...] [--runs N] [--list] [--json DIR]``: root, a quiet machine.
+"""`make bench`, or ``python -m tests.benchmarks [CASE...] [--runs N] [--list] [--json DIR] [--show FILE]``: root, a
+quiet machine.
 
 Prints a line per case as it ends, then the table; raw results go to ``results/``.  Ends with 1 if a limit is missed.
 """
@@ -9,8 +10,8 @@ import argparse
 import functools
 import gc
 import os
+import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Final
 
 from tests.benchmarks import many, one, parts
 from tests.benchmarks.many import BenchmarkFailed, Setting
-from tests.benchmarks.report import Limit, Result, Run, machine, row, table, write
+from tests.benchmarks.report import Limit, Result, Run, machine, read, row, table, write
 from tests.system.cluster import hosts_dir
 from tests.system.hosts import HostsError
 from tests.system.origin import MIB, OriginFailed
@@ -169,11 +170,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", type=Path, default=Path("results"), metavar="DIR", help="where raw results go (default results)"
     )
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of an earlier run and end")
     return parser.parse_args()
 
 
 def main() -> int:
     arguments = _arguments()
+    if arguments.show is not None:
+        print(table(read(arguments.show)))
+        return 0
     cases = choose(arguments.case)
     if arguments.list:
         for case in cases:
@@ -181,7 +186,9 @@ def main() -> int:
         return 0
     if os.geteuid() != 0:
         raise SystemExit("hosts are network namespaces: run as root")
-    facts = {**machine(), "hosts_directory": str(hosts_dir()), "disk_directory": tempfile.gettempdir()}
+    # SIGTERM unwinds, so that no daemon or namespace stays.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    facts = {**machine(), "hosts_directory": str(hosts_dir()), "disk_directory": str(one.disk_dir())}
     results = []
     for case in cases:
         print(f"{case.name}: {case.title} ...", file=sys.stderr, flush=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import random
 import select
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ from typing import IO, Any, Final
 from tests.benchmarks.report import Run
 from tests.benchmarks.torrent import make
 from tests.system.cluster import Cluster, Fetched, clean_environment, hosts_dir, same
-from tests.system.hosts import Hosts, Traffic
+from tests.system.hosts import Hosts, Traffic, make_directory
 from tests.system.origin import MIB, File, NginxOrigin
 from tests.system.processes import Ended, Prepared, cpu_seconds, last_done, prepare, spread, start_together, wait
 
@@ -71,6 +71,16 @@ def laid_out(setting: Setting, seed: int) -> Iterator[tuple[Hosts, NginxOrigin, 
         file = origin.add("content", setting.length, seed)
         setting.shape(hosts)
         yield hosts, origin, file
+
+
+@contextmanager
+def work_directory(parent: Path) -> Iterator[Path]:
+    """A directory for one measurement."""
+    path = make_directory("work", parent)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 # --- swarm --------------------------------------------------------------------------------------------------------
@@ -228,10 +238,10 @@ def again(setting: Setting, seed: int) -> Run:
 
 
 def curl(setting: Setting, seed: int) -> Run:
-    with laid_out(setting, seed) as (hosts, origin, file), tempfile.TemporaryDirectory(dir=hosts_dir()) as work:
+    with laid_out(setting, seed) as (hosts, origin, file), work_directory(hosts_dir()) as work:
         before = cpu_seconds(origin.pid)
-        ends = _curl(hosts, hosts.each(), origin.url(file.name), Path(work), setting.timeout)
-        if any(end.code or not same(Path(work) / f"curl-{host}", file) for host, end in zip(hosts.each(), ends, strict=True)):
+        ends = _curl(hosts, hosts.each(), origin.url(file.name), work, setting.timeout)
+        if any(end.code or not same(work / f"curl-{host}", file) for host, end in zip(hosts.each(), ends, strict=True)):
             raise BenchmarkFailed("a curl failed")
         cpu = sum(end.cpu for end in ends) + cpu_seconds(origin.pid) - before
         figures = {"copies": origin.copies(file), "seconds": last_done(ends), "start_spread_s": spread(ends), "cpu_s": cpu}
@@ -296,8 +306,7 @@ class Peer:
 
 def libtorrent(setting: Setting, seed: int) -> Run:
     """The origin seeds, all hosts know one another, and all start at the same moment."""
-    with laid_out(setting, seed) as (hosts, _, file), tempfile.TemporaryDirectory(dir=hosts_dir()) as work_name:
-        work = Path(work_name)
+    with laid_out(setting, seed) as (hosts, _, file), work_directory(hosts_dir()) as work:
         torrent = work / "torrent"
         make(file.path, TORRENT_PIECE, torrent)
         endpoints = {host: hosts.endpoint(host, TORRENT_PORT) for host in hosts.all()}

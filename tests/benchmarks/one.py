@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from tests.benchmarks.many import BenchmarkFailed, Peer
+from tests.benchmarks.many import BenchmarkFailed, Peer, work_directory
 from tests.benchmarks.report import Run
 from tests.benchmarks.torrent import make
 from tests.system.cluster import SWARM, Daemon, clean_environment, hosts_dir, same
@@ -46,9 +46,9 @@ def one_to_one(length: int, seed: int, *, parent: Path) -> Run:
     with (
         Hosts(0) as hosts,
         NginxOrigin(hosts, parent=hosts_dir()) as origin,
-        tempfile.TemporaryDirectory(prefix="swarm-one-", dir=parent) as work_name,
+        work_directory(parent) as work,
     ):
-        file, work = origin.add("content", length, seed), Path(work_name)
+        file = origin.add("content", length, seed)
         _touch_memory(work, 3 * length)
         plain_seconds, plain_cpu = _plain(hosts, origin, file, work, ["sha256sum"])
         fast_seconds, fast_cpu = _plain(hosts, origin, file, work, FAST_SHA256SUM)
@@ -181,8 +181,7 @@ def _libtorrent(hosts: Hosts, file: File, work: Path) -> tuple[float, float]:
 
 def footprint(idle_seconds: float) -> Run:
     """Memory of an idle daemon, how soon it is ready, how soon `swarm --help` answers."""
-    with Hosts(0) as hosts, tempfile.TemporaryDirectory(prefix="swarm-one-", dir=hosts_dir()) as work_name:
-        work = Path(work_name)
+    with Hosts(0) as hosts, work_directory(hosts_dir()) as work:
         help_end = _timed(hosts, [SWARM, "--help"], work, "help")
         daemon = _daemon(hosts, SENDER, work / "daemon")
         try:

@@ -115,6 +115,22 @@ def write(results: Sequence[Result], directory: Path, facts: Mapping[str, Any]) 
     return path
 
 
+def read(path: Path) -> list[Result]:
+    """What `write` wrote."""
+    raw = json.loads(path.read_text())
+    return [
+        Result(
+            it["case"],
+            it["title"],
+            tuple(Limit(**limit) for limit in it["limits"]),
+            it["floor"],
+            tuple(Run(run["figures"], run["details"]) for run in it["runs"]),
+            it["failure"],
+        )
+        for it in raw["results"]
+    ]
+
+
 HEADINGS = ("case", "copies", "last done s", "floor s", "ratio", "other figures", "limits", "")
 _IN_COLUMNS = frozenset({"copies", "seconds"})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.benchmarks.report import Limit, Result, Run, row, table, write
+from tests.benchmarks.report import Limit, Result, Run, read, row, table, write
 
 
 def result(*runs: dict[str, float], failure: str = "", floor: float | None = 10.0) -> Result:
@@ -53,3 +53,4 @@ def test_raw_results_keep_every_run(tmp_path: Path) -> None:
     assert [run["figures"]["seconds"] for run in raw["results"][0]["runs"]] == [12.0, 13.0]
     assert raw["results"][0]["passed"] is True
     assert raw["machine"]["cores"] == 2
+    assert table(read(path)) == table([result(GOOD, {**GOOD, "seconds": 13.0})])

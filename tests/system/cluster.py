@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from tests.system.hosts import Hosts
+from tests.system.hosts import Hosts, make_directory
 from tests.system.origin import File
 from tests.system.processes import Ended, NotReady, Prepared, cpu_seconds, resident, start_together, wait
 
@@ -209,7 +208,7 @@ class Cluster:
         self.root = Path()
 
     def __enter__(self) -> Cluster:
-        self.root = Path(tempfile.mkdtemp(prefix="swarm-cluster-", dir=self._parent))
+        self.root = make_directory("cluster", self._parent)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -255,8 +254,10 @@ class Cluster:
         known = join or self.hosts.endpoint(1, PORT)
         argv = [SWARM, "daemon", "--data-dir", str(self.directory(host) / "data"), *network]
         argv += ["--listen", listen or self.hosts.endpoint(host, PORT), *(["--join", known] if host != 1 else [])]
-        command = self.hosts.command(host, [*argv, *self._options, *extra])
-        self.daemons[host] = Daemon(host, command, self.directory(host), {**clean_environment(), **(environment or {})})
+        # Through env(1): it is for the daemon, not for the `ip` that runs it.
+        added = ["env", *(f"{name}={value}" for name, value in environment.items())] if environment else []
+        command = self.hosts.command(host, [*added, *argv, *self._options, *extra])
+        self.daemons[host] = Daemon(host, command, self.directory(host), clean_environment())
         return self.daemons[host]
 
     def start_all(self, *hosts: int) -> None:

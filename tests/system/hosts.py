@@ -1,8 +1,8 @@
 """N hosts on one machine: a network namespace each, joined by a bridge that lives in a namespace of its own.
 
 Nothing touches the machine's own interfaces or routes, so nothing outside can be reached from a host.  Host 0 is the
-origin.  Every namespace is named after the process that made it, by pid and start time: two runs do not meet, and
-whoever comes next removes what a killed run left behind.
+origin.  Every namespace and directory is named after the process that made it, by pid and start time: two runs do not
+meet, and whoever comes next removes what a killed run left behind.
 
 Rates are shaped by `tbf`, the one qdisc every kernel has: what a host sends on its own interface, what it receives on
 the bridge's side of it.  The kernel need not have `netem`; loss is made by iptables.
@@ -13,11 +13,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
@@ -28,7 +31,7 @@ MAX_HOSTS: Final = 200  # the last number of a /24, with the origin's and some s
 # it is what a home router has, and keeps TCP at the full rate.
 TBF: Final = ("burst", "256kb", "latency", "50ms")
 
-_STALE: Final = re.compile(rf"^{PREFIX}-(\d+)-(\d+)-\d+-\w+$")
+_OWNER: Final = re.compile(rf"^{PREFIX}-(\d+)-(\d+)-")
 _serial = count(1)
 
 
@@ -73,14 +76,32 @@ def namespaces() -> list[str]:
     return [line.split()[0] for line in run("ip", "netns", "list").splitlines() if line]
 
 
+def owned_name() -> str:
+    """The beginning of every name this process gives to something that would outlive it."""
+    pid = os.getpid()
+    return f"{PREFIX}-{pid}-{_start_time(pid)}-"
+
+
+def _is_stale(name: str) -> bool:
+    """Whether the process that gave this name is gone; a later one with its pid has another start time."""
+    owner = _OWNER.match(name)
+    return owner is not None and _start_time(int(owner[1])) != int(owner[2])
+
+
 def remove_stale() -> list[str]:
     """Remove the namespaces of processes that are gone; returns their names."""
-    stale = []
-    for name in namespaces():
-        if (found := _STALE.match(name)) and _start_time(int(found[1])) != int(found[2]):
-            _remove(name)
-            stale.append(name)
+    stale = [name for name in namespaces() if _is_stale(name)]
+    for name in stale:
+        _remove(name)
     return stale
+
+
+def make_directory(kind: str, parent: Path) -> Path:
+    """A new directory that the next `make_directory` in `parent` removes if this process leaves it behind."""
+    for path in parent.glob(f"{PREFIX}-*"):
+        if _is_stale(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{owned_name()}{kind}-", dir=parent))
 
 
 def _remove(namespace: str) -> None:
@@ -109,7 +130,7 @@ class Hosts:
             raise ValueError("a host needs an address family")
         self.number = number
         self.ipv4, self.ipv6 = ipv4, ipv6
-        self._prefix = f"{PREFIX}-{os.getpid()}-{_start_time(os.getpid())}-{next(_serial)}"
+        self._prefix = f"{owned_name()}{next(_serial)}"
         self._bridge = f"{self._prefix}-bridge"
 
     # --- life -----------------------------------------------------------------------------------------------------

@@ -14,14 +14,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from tests.system.hosts import Hosts
+from tests.system.hosts import Hosts, make_directory
 
 PORT: Final = 8080
 MIB: Final = 1 << 20
@@ -106,7 +105,7 @@ class NginxOrigin:
         self.base = ""
 
     def __enter__(self) -> NginxOrigin:
-        self._root = Path(tempfile.mkdtemp(prefix="swarm-origin-", dir=self._parent))
+        self._root = make_directory("origin", self._parent)
         try:
             (self._root / "files").mkdir()
             self._start()
