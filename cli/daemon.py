@@ -88,6 +88,7 @@ def daemon(
         },
     )
     configure(settings.log.level, settings.log.format)
+    os.umask(0o077)  # what a daemon writes is its own
     import trio
 
     from swarm.daemon import flatten
@@ -111,9 +112,9 @@ def _import_structlog_alone() -> None:
 async def _run(settings: Settings, ready_fd: int | None) -> None:
     import trio
 
-    from swarm.daemon import run_node
+    from swarm.daemon import Stop, run_node
 
-    stop = trio.Event()
+    stop = Stop()
 
     def ready(status: dict[str, Any]) -> None:
         notify("READY=1")
@@ -140,12 +141,12 @@ async def _obey(received: Any, stop: Any) -> None:
 
     log = structlog.get_logger(__name__)
     async for number in received:
-        if stop.is_set():
+        if stop.asked.is_set():
             log.warning("ending at once", signal=signal.Signals(number).name)
             os._exit(SIGNAL_EXIT + number)
         log.info("stopping", signal=signal.Signals(number).name)
         notify("STOPPING=1")
-        stop.set()
+        stop.ask()
 
 
 def notify(state: str) -> None:

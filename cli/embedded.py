@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import trio
 
 from swarm.config import Settings
-from swarm.daemon import run_node
-from swarm.errors import SwarmError
+from swarm.daemon import Stop, flatten, run_node
 from swarm.logs import configure
 from swarm.quantities import Endpoint
 
@@ -37,8 +37,7 @@ class EmbeddedNode:
         self._thread = threading.Thread(target=self._run, name="swarm-node")
         self._ready = threading.Event()
         self._error: BaseException | None = None
-        self._stop: trio.Event | None = None
-        self._cut: trio.CancelScope | None = None
+        self._stop: Stop | None = None
         self._token: trio.lowlevel.TrioToken | None = None
 
     def __enter__(self) -> EmbeddedNode:
@@ -70,32 +69,21 @@ class EmbeddedNode:
 
     def _leave(self, *, at_once: bool) -> None:
         """Stop: at once, or when the other commands that joined have their files."""
-        if self._token is not None:
+        if self._token is not None and self._stop is not None:
             with contextlib.suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._cancel if at_once else self._set_stop)
+                self._token.run_sync_soon(partial(self._stop.ask, at_once=at_once))
         self._thread.join()
-
-    def _set_stop(self) -> None:
-        if self._stop is not None:
-            self._stop.set()
-
-    def _cancel(self) -> None:
-        self._set_stop()
-        if self._cut is not None:
-            self._cut.deadline = min(self._cut.deadline, trio.current_time() + LEAVE_SECONDS)
 
     def _run(self) -> None:
         try:
-            trio.run(self._main)
-        except SwarmError as error:
-            self._error = error
+            with flatten():
+                trio.run(self._main)
         except BaseException as error:  # handed to the command's own thread, which reports it
             self._error = error
         finally:
             self._ready.set()
 
     async def _main(self) -> None:
+        self._stop = Stop()
         self._token = trio.lowlevel.current_trio_token()
-        self._stop = trio.Event()
-        with trio.CancelScope() as self._cut:
-            await run_node(self._settings, stop=self._stop, ready=lambda _: self._ready.set(), wait_for_commands=True)
+        await run_node(self._settings, stop=self._stop, ready=lambda _: self._ready.set(), wait_for_commands=True)

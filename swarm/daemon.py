@@ -31,7 +31,7 @@ from swarm.network import Network, load, open_network
 from swarm.node import Node, Swarm
 from swarm.origin.origin import OriginReader, OriginSettings
 from swarm.peer.hub import PeerHub
-from swarm.peer.settings import PeerSettings, Ports
+from swarm.peer.settings import PeerSettings
 from swarm.quantities import Endpoint
 from swarm.store.disk import DiskStore
 
@@ -47,18 +47,37 @@ T = TypeVar("T")
 Parameters = TypeVar("Parameters")
 
 
+class Stop:
+    """How a node is told to end.
+
+    Attributes:
+        asked: No new work; running transfers are drained, announcements withdrawn.
+        at_once: Nothing is waited for; what was verified is kept, and announcements are still withdrawn.
+    """
+
+    def __init__(self) -> None:
+        self.asked = trio.Event()
+        self.at_once = trio.Event()
+
+    def ask(self, *, at_once: bool = False) -> None:
+        """Ask once, or again to end at once."""
+        self.asked.set()
+        if at_once:
+            self.at_once.set()
+
+
 async def run_node(
     settings: Settings,
     *,
-    stop: trio.Event,
+    stop: Stop,
     ready: Callable[[dict[str, Any]], None] = lambda status: None,
     wait_for_commands: bool = False,
 ) -> None:
-    """Run a node until `stop` is set, then leave in order.
+    """Run a node until `stop` is asked for, then leave in order.
 
     Args:
         settings: All of them, checked.
-        stop: Set it to end: no new work, running transfers drained, announcements withdrawn.
+        stop: Ask it to end.
         ready: Called once with the node's status, when commands, peers and the DHT can reach it.
         wait_for_commands: Before leaving, answer the commands that wait, without a time limit.
 
@@ -95,20 +114,34 @@ async def run_node(
         log.info("ready", **_ready_fields(node, len(kept)))
         ready(node.status())
 
-        await stop.wait()
+        await stop.asked.wait()
         node.is_ready = False
-        if wait_for_commands:
-            await control.wait_idle()
-        await leave(swarm, settings.drain)
+        await leave(swarm, settings.drain, stop.at_once, control if wait_for_commands else None)
     log.info("stopped")
 
 
-async def leave(swarm: Swarm, seconds: float) -> None:
-    """Finish what runs, for at most so long; what does not finish is resumed at the next start."""
-    until = trio.current_time() + seconds
-    await swarm.service.drain(seconds)
-    await swarm.announcer.withdraw_all()
-    await swarm.hub.aclose(max(0.0, until - trio.current_time()))
+async def leave(swarm: Swarm, seconds: float, at_once: trio.Event, control: ControlServer | None) -> None:
+    """Finish what runs, for at most so long; what does not finish is resumed at the next start.
+
+    Args:
+        at_once: Set, it ends the waiting.
+        control: Its commands are answered first, however long they take.
+    """
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_cancel_when, at_once, nursery.cancel_scope)
+        if control is not None:
+            await control.wait_idle()
+        until = trio.current_time() + seconds
+        await swarm.service.drain(seconds)
+        await swarm.announcer.withdraw_all()
+        await swarm.hub.aclose(max(0.0, until - trio.current_time()))
+        nursery.cancel_scope.cancel()
+    await swarm.announcer.withdraw_all()  # nothing is left to withdraw, unless the waiting was cut short
+
+
+async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
 
 
 def open_store(settings: Settings, rng: random.Random) -> DiskStore:
@@ -203,7 +236,7 @@ def connect(
     )
     hub = PeerHub(membership, service, service, settings=peers, rng=rng)
     service.attach(hub)
-    return Swarm(dht, announcer, service, hub, Ports(0, 0))
+    return Swarm(dht, announcer, service, hub, transport.local_address.host)
 
 
 async def listen_address(settings: Settings) -> Address:

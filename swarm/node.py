@@ -47,15 +47,22 @@ COPY_BYTES: Final = 1 * MIB
 PAGE_BYTES: Final = resource.getpagesize()
 
 
+NOT_LISTENING: Final = Ports(0, 0)
+
+
 @dataclass(slots=True)
 class Swarm:
-    """The parts that talk to other nodes."""
+    """The parts that talk to other nodes, and where they listen."""
 
     dht: DhtNode
     announcer: Announcer
     service: DownloadService
     hub: PeerHub
-    ports: Ports
+    host: str
+    ports: Ports = NOT_LISTENING
+
+    def listens(self, port: int) -> Address:
+        return Address(self.host, port)
 
 
 class Node:
@@ -151,9 +158,6 @@ class Node:
         network = self._membership.status()
         dht = self._swarm.dht.statistics()
         totals = self._swarm.service.totals
-        host = (self._settings.network.listen.host if self._settings.network.listen is not None else None) or (
-            "::" if self._settings.network.directory is not None else "127.0.0.1"
-        )
         return {
             "state": "ready" if self.is_ready else "stopping" if self.control is not None else "starting",
             "version": __version__,
@@ -165,11 +169,12 @@ class Node:
             "roles": sorted(network.roles),
             "certificate_expires": network.not_after,
             "uptime_seconds": round(trio.current_time() - self._began, 1),
-            "control": str(Address(host, self._swarm.ports.control)),
-            "pieces": str(Address(host, self._swarm.ports.pieces)),
+            "control": str(self._swarm.listens(self._swarm.ports.control)),
+            "pieces": str(self._swarm.listens(self._swarm.ports.pieces)),
             "http": str(_name_of(self._face)) if self._face is not None else None,
             "data_dir": str(self._settings.directory.absolute()),
             "addresses": list(self._swarm.announcer.hosts),
+            "commands": self.control.active if self.control is not None else 0,
             "join": [str(endpoint) for endpoint in self._settings.network.join],
             "peers": len(self._swarm.hub.links()),
             "dht_contacts": dht.contacts,
