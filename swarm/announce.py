@@ -137,7 +137,6 @@ class Announcer:
             with trio.move_on_after(PATIENCE):
                 await trio.sleep(SECOND_LOOK)
                 await self._dht.reread(search, list(search.holders.values()))
-                await self._dht.complete(search, list(search.holders.values()))
         return self._providers(search)
 
     async def find(self, task_id: bytes) -> list[Provider]:
@@ -237,7 +236,7 @@ class Announcer:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
-                await trio.to_thread.run_sync(self._reserve_seqs)
+                self._reserve_seqs()
                 task_status.started()
                 await self._repeat()
             finally:

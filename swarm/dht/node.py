@@ -45,7 +45,7 @@ SWEEP_INTERVAL: Final = 600.0
 """A contact not heard for so long is asked whether it is still there."""
 REFRESH_INTERVAL: Final = 1800.0
 """Seconds between lookups of a random id, which fill the buckets nobody asked about."""
-EARLY_REFRESHES: Final = (1.0, 5.0, 20.0)
+EARLY_REFRESHES: Final = (1.0, 5.0)
 """Seconds after joining at which we look around again: whoever started together has joined by then."""
 MAX_JOIN_ADDRESSES: Final = 64
 """A headless service of a thousand pods resolves to a thousand addresses; some of them are enough."""
@@ -62,6 +62,16 @@ PAGE_RECORDS: Final = 6
 Resolve = Callable[[str, int], Awaitable[list[Address]]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """One storer has told us its records number [start, stop), and how many it knows of."""
+
+    storer: bytes
+    start: int
+    stop: int
+    count: int
+
+
 @dataclass(slots=True, eq=False)
 class Search:
     """What one search has found so far; it grows while it is under way.
@@ -75,6 +85,7 @@ class Search:
     """
 
     key: bytes
+    pages: list[_Page] = field(default_factory=list)
     members: dict[bytes, ProviderRecord] = field(default_factory=dict)
     holders: dict[bytes, Contact] = field(default_factory=dict)
     count: int = 0
@@ -271,7 +282,9 @@ class DhtNode:
     ) -> Lookup:
         """Look up the contacts nearest to `target`, asking each the same question."""
         engine = self.engine
-        lookup = Lookup(target, engine.node_id, engine.table.nearest(target, engine.k), k=engine.k, alpha=ALPHA)
+        # More than k, so that there are others to turn to where all that neighbours name is dead.
+        known = engine.table.nearest(target, 3 * engine.k)
+        lookup = Lookup(target, engine.node_id, known, k=engine.k, alpha=ALPHA)
         with trio.move_on_after(LOOKUP_LIMIT):
             async with trio.open_nursery() as nursery:
 
@@ -362,33 +375,32 @@ class DhtNode:
         search.finished.set()
 
     async def complete(self, search: Search, holders: Sequence[Contact]) -> None:
-        """Ask holders for the nearest members we were told exist and have not seen; each for other pages, all at once."""
+        """Ask holders for the pages of the nearest members that none of them has told yet, all at once.
+
+        Storers near the key have the same `records.NEAREST` in the same order, so it does not matter who tells which.
+        """
         for _ in range(3):
-            if not holders or len(search.members) >= min(search.count, NEAREST):
+            missing = _missing(search, holders)
+            if not holders or not missing:
                 return
-            before = len(search.members)
-            await self.reread(search, holders)
-            if len(search.members) == before:
-                return
+            async with trio.open_nursery() as nursery:
+                for number, (start, stop) in enumerate(missing):
+                    nursery.start_soon(self._read, search, holders[number % len(holders)], start, stop)
 
     async def reread(self, search: Search, holders: Sequence[Contact]) -> None:
-        """Ask holders for members again, enough of them that their pages make up the `records.NEAREST`."""
-        pages = max(1, math.ceil(min(search.count, NEAREST) / PAGE_RECORDS))
+        """Ask holders for the nearest members again: others have announced since."""
+        search.pages.clear()
+        await self.complete(search, holders)
 
-        async def read(contact: Contact, cursor: int) -> None:
-            end = cursor + PAGE_RECORDS
-            while True:
-                answer = await self._ask(self._find_providers(search.key, cursor), Providers, contact)
-                if not isinstance(answer, Providers):
-                    return
-                self._take_records(search, answer.records, answer.count)
-                if not cursor < answer.cursor < end:
-                    return
-                cursor = answer.cursor
-
-        async with trio.open_nursery() as nursery:
-            for number in range(pages):
-                nursery.start_soon(read, holders[number % len(holders)], number * PAGE_RECORDS)
+    async def _read(self, search: Search, contact: Contact, start: int, stop: int) -> None:
+        while start < stop:
+            answer = await self._ask(self._find_providers(search.key, start), Providers, contact)
+            if not isinstance(answer, Providers):
+                return
+            self._take_page(search, contact, start, answer)
+            if answer.cursor <= start:
+                return
+            start = answer.cursor
 
     async def withdraw(self, holders: Sequence[Contact], record: bytes) -> None:
         """Give a signed withdrawal to holders, all at once; also to our own store."""
@@ -432,7 +444,7 @@ class DhtNode:
         if answer.status == messages.STORED:
             search.holders[contact.id] = contact
             search.reached.set()
-        self._take_records(search, answer.records, answer.count)
+        self._take_page(search, contact, cursor, answer)
 
     def _store_here(self, key: bytes, nearest: Sequence[Contact], record: Callable[[], bytes | None]) -> None:
         """We store our own record where anybody else would store it with us."""
@@ -450,7 +462,12 @@ class DhtNode:
 
     def _take(self, search: Search, lookup: Lookup, contact: Contact, answer: Answer) -> None:
         if isinstance(answer, Providers):
-            self._take_records(search, answer.records, answer.count)
+            self._take_page(search, contact, 0, answer)
+
+    def _take_page(self, search: Search, contact: Contact, start: int, answer: Providers | Stored) -> None:
+        if answer.records or answer.count <= 1:  # our own record, if that is the one, is left out
+            search.pages.append(_Page(contact.id, start, answer.cursor or NEAREST, answer.count))
+        self._take_records(search, answer.records, answer.count)
 
     def _take_local(self, search: Search) -> None:
         now = trio.current_time()
@@ -537,11 +554,10 @@ class DhtNode:
                 nursery.start_soon(resolve, host, port)
 
     async def _look_around(self) -> None:
-        """Lookups of our own id and of one in each of the two farthest ranges."""
+        """Lookups of our own id and of its like in the other half: who is near, and a few of the far."""
         own = int.from_bytes(self.engine.node_id, "big")
-        targets = [own, own ^ (1 << 159), own ^ (1 << 158)]
         async with trio.open_nursery() as nursery:
-            for target in targets:
+            for target in (own, own ^ (1 << 159)):
                 nursery.start_soon(self.find_nodes, target.to_bytes(20, "big"))
 
     async def _refresh(self) -> None:
@@ -583,6 +599,31 @@ class DhtNode:
         if self._state_path is not None and self.contacts:
             recent = sorted(self.engine.table.contacts(), key=lambda contact: -contact.last_seen)[:MAX_SAVED]
             state.save(self._state_path, {"contacts": [pack(contact.address) for contact in recent]})
+
+
+def _missing(search: Search, holders: Sequence[Contact]) -> list[tuple[int, int]]:
+    """Which of the nearest members' numbers no holder has told us yet, as ranges of `PAGE_RECORDS` at most.
+
+    A holder that knows far fewer than others numbers them differently, and does not count.
+    """
+    storers = {contact.id for contact in holders}
+    wanted = min(search.count, NEAREST)
+    told = bytearray(NEAREST)
+    for page in search.pages:
+        if page.storer in storers and 5 * page.count >= 4 * search.count:
+            told[page.start : page.stop] = b"\1" * len(told[page.start : page.stop])
+    ranges: list[tuple[int, int]] = []
+    number = 0
+    while number < wanted:
+        if told[number]:
+            number += 1
+            continue
+        stop = number
+        while stop < min(wanted, number + PAGE_RECORDS) and not told[stop]:
+            stop += 1
+        ranges.append((number, stop))
+        number = stop
+    return ranges
 
 
 def split_host_port(text: str) -> tuple[str, int]:

@@ -49,8 +49,11 @@ ALPHA: Final = 3
 FIRST_TIMEOUT: Final = 1.0
 LEAST_TIMEOUT: Final = 0.25
 LONGEST_TIMEOUT: Final = 2.0
-ATTEMPTS: Final = 2
-"""A question is asked once more before its contact counts as silent: 5 % of loss must not empty a table."""
+ATTEMPTS: Final = 3
+"""A question is asked so often, half a time-out apart, before its contact counts as silent.
+
+Where 5 % of datagrams are lost, two attempts fail once in a hundred times, and the contact is shunned for `SILENCE`.
+"""
 
 LEAST_SLOW: Final = 0.05
 """Seconds after which an answer is later than most, at the least: scheduling noise on a busy machine is not slowness."""
@@ -305,7 +308,7 @@ class Engine:
         node_id: bytes | None = None,
         to_stranger: bool = False,
     ) -> None:
-        """Ask a question; `done` is called once, at the latest after `ATTEMPTS` time-outs.
+        """Ask a question; `done` is called once, at the latest after two time-outs.
 
         Args:
             node_id: Who is believed to live there; if it answers and the table has room, it is asked for its proof.
@@ -379,7 +382,7 @@ class Engine:
             query = pending.build(tx, token, bytes(max(0, messages.PADDED_BYTES - length - 2)))
         pending.attempts -= 1
         pending.sent[tx] = now
-        pending.deadline = now + self._timeout(pending.address)
+        pending.deadline = now + self._timeout(pending.address) / (2 if pending.attempts else 1)
         self._pending[tx] = pending
         heapq.heappush(self._deadlines, (pending.deadline, next(self._serial), pending))
         self._send(messages.seal(query, self.membership), pending.address)
@@ -423,7 +426,11 @@ class Engine:
 
     def _timeout(self, address: Address) -> float:
         round_trip = self._round_trips.get(address)
-        return FIRST_TIMEOUT if round_trip is None else min(max(4 * round_trip, LEAST_TIMEOUT), LONGEST_TIMEOUT)
+        if round_trip is not None:
+            return min(max(4 * round_trip, LEAST_TIMEOUT), LONGEST_TIMEOUT)
+        if self._typical_round_trip is None:
+            return FIRST_TIMEOUT
+        return min(max(4 * self._typical_round_trip, FIRST_TIMEOUT / 2), LONGEST_TIMEOUT)
 
     def _learn_round_trip(self, address: Address, sample: float) -> None:
         # RFC 6298's gain of 1/8.

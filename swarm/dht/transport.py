@@ -109,7 +109,8 @@ class UdpTransport:
             return None
 
     def close(self) -> None:
-        with suppress(OSError):
+        """Close the socket; whoever waits in `receive` gets `trio.ClosedResourceError`."""
+        with suppress(OSError, RuntimeError):  # closed already; closed where no trio runs
             trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
 
