@@ -107,7 +107,7 @@ class Exchange:
         task_key: 20 bytes; distance to it ranks members.
         held: Pieces we hold and have verified; copied.
         sign_claim: Signs a claim; `None` where the origin may not be read.
-        ranges: Whether the origin serves ranges; without, one member reads all of it.
+        ranges: Whether the origin serves ranges; without, one member reads all of it.  `None`: not known yet.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Exchange:
         now: float,
         sign_claim: Callable[[int, float], wire.Signed] | None,
         policy: Policy | None = None,
-        ranges: bool = True,
+        ranges: bool | None = True,
         shared: bool = True,
     ) -> None:
         self.me = me
@@ -415,9 +415,19 @@ class Exchange:
             self._tell_mesh(wire.Unclaim(self.task_id, [piece]))
         self._origin_paused_until = max(self._origin_paused_until, now + pause)
 
-    def origin_has_no_ranges(self) -> None:
-        """From here on one member reads the content from the start."""
+    def origin_has_no_ranges(self, piece: int) -> None:
+        """It answered our read of `piece` with everything.  From here on one member reads the content from the start.
+
+        With no neighbour that is us, and the answer that is coming will do.
+        """
         self.ranges = False
+        reading = self.reading.pop(piece, None)
+        if reading is None:
+            return
+        if self.neighbours:
+            self._tell_mesh(wire.Unclaim(self.task_id, [piece]))
+        else:
+            self.reading[WHOLE] = reading
 
     def want(self, wanted: pieces.PieceSet, first: Sequence[int] = ()) -> None:
         """Narrow or widen what is wanted (a range read), and say which pieces a reader waits for, in order."""
@@ -516,6 +526,8 @@ class Exchange:
             return
         self.why_origin[reading.why] += 1
         self._fetched_before = True
+        if self.ranges is None:
+            self.ranges = True
         if took > 0:
             self._own_read_time = took if not self._own_read_time else 0.7 * self._own_read_time + 0.3 * took
 
@@ -592,7 +604,7 @@ class Exchange:
             self._read_disputed(now)
             return
         candidates = self.candidates()
-        if not self.ranges:
+        if self.ranges is False:
             self._choose_whole(candidates, now)
         elif self.me in candidates:
             self._choose_pieces(candidates, now)
@@ -601,6 +613,8 @@ class Exchange:
     def _choose_pieces(self, candidates: list[NodeId], now: float) -> None:
         alone = not self.neighbours
         streams = max(1, min(self.policy.streams_alone, self.policy.stream_budget // len(candidates)))
+        if self.ranges is None:
+            streams = 1  # The first read shows whether it does; four would bring four whole copies if it does not.
         if len(self.reading) >= streams or self._gated(now):
             return
         free = self.missing() & ~self.held_anywhere()
@@ -680,7 +694,7 @@ class Exchange:
             missing[piece] = False
         if not missing.any():
             return
-        if not self.ranges:
+        if self.ranges is False:
             self._begin(WHOLE, Why.PROGRESS, now)
             self._claim([WHOLE])
             return
@@ -692,7 +706,7 @@ class Exchange:
         self._claim([piece])
 
     def _read_disputed(self, now: float) -> None:
-        if not self.ranges:
+        if self.ranges is False:
             if not self.reading:
                 self._begin(WHOLE, Why.DISPUTE, now)
             return

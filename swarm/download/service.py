@@ -36,6 +36,7 @@ from swarm.edges import (
     Membership,
     NodeId,
     Origin,
+    OriginBody,
     OriginInfo,
     PeerLink,
     PeerNetwork,
@@ -476,7 +477,7 @@ class DownloadService:
             now=now,
             sign_claim=partial(self._sign_claim, task.id, geometry) if source is not None else None,
             policy=self._policy,
-            ranges=info is None or info.ranges is not False,
+            ranges=info.ranges if info is not None else None,
             shared=task.shared,
         )
         members = Members(self._membership.node_id, self._membership.task_key(task.id), self._policy)
@@ -768,8 +769,7 @@ class DownloadService:
             try:
                 async with self._origin.read(source, cutter.position, start + size, expect=active.info) as body:
                     if body.start != cutter.position:
-                        active.exchange.origin_has_no_ranges()
-                        await self._take_all(active, body.chunks(), PieceCutter(geometry, body.start))
+                        await self._without_ranges(active, piece, body)
                         return
                     async for chunk in body.chunks():
                         for done, data, digest in cutter.feed(chunk):
@@ -783,6 +783,12 @@ class DownloadService:
                 if attempt + 1 == ORIGIN_ATTEMPTS:
                     raise
         raise OriginUnreachable(f"the origin sent {cutter.position - start} of {size} bytes of a piece")
+
+    async def _without_ranges(self, active: Active, piece: int, body: OriginBody) -> None:
+        """The origin sends everything although one piece was asked for: alone we take it, else one of us is to read."""
+        active.exchange.origin_has_no_ranges(piece)
+        if not active.exchange.neighbours:
+            await self._take_all(active, body.chunks(), PieceCutter(active.geometry, body.start))
 
     async def _read_whole(self, active: Active, _piece: int) -> None:
         """Read everything from the first missing piece on, in one request."""
@@ -1256,7 +1262,10 @@ class DownloadService:
             pending.expected = proofs.check_proof(
                 self._membership, started.proof, active.task.id, active.geometry, pending.piece
             )
-        except (IntegrityError, NotAMember, RemoteProtocolError) as error:
+        except NotAMember:
+            # The signer was revoked or ran out, and the sender may not know yet: its bytes are passed over, without blame.
+            return True
+        except (IntegrityError, RemoteProtocolError) as error:
             self._blame(active, link, str(error))
             return False
         pending.proof = started.proof
@@ -1280,6 +1289,10 @@ class DownloadService:
         traffic = active.traffic.setdefault(link.node_id, Traffic())
         traffic.received += size
         active.request_ids.pop((link.node_id, pending.piece), None)
+        if pending.expected is None:
+            active.exchange.piece_failed(link.node_id, pending.piece, trio.current_time(), status=wire.NOT_HELD)
+            active.touch()
+            return
         if digest != pending.expected:
             self._blame(active, link, "bytes that do not match the proof sent with them")
             link.drop("bytes do not match their proof")

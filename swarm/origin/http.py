@@ -39,7 +39,7 @@ from swarm.origin.body import HttpBody
 from swarm.origin.connections import Connections, Exchange, Target
 from swarm.origin.retry import AttemptFailed, Cause, Retries
 from swarm.origin.settings import Metrics, OriginSettings
-from swarm.task import canonical_url, split_url
+from swarm.task import MIN_PIECE_BYTES, canonical_url, split_url
 
 MAX_REDIRECTS: Final = 5
 MAX_REMEMBERED: Final = 256
@@ -126,7 +126,9 @@ class HttpOrigin:
         await self._connections.aclose()
 
     async def head(self, source: Source) -> OriginInfo:
-        """Length and validator: by HEAD, or by reading the first byte where HEAD is refused or says no length.
+        """Length and validator by HEAD; by the first byte where HEAD is refused, or says no length or nothing of ranges.
+
+        Whether there are ranges is worth a request: several readers of a server without would fetch a whole copy each.
 
         Raises:
             OriginError, NotPermitted: As in `edges.Origin`.
@@ -135,7 +137,8 @@ class HttpOrigin:
         await answer.drain()
         if answer.status == 200:
             info = self._info(source, 200, answer.headers)
-            if info.length is not None or info.ranges is False:
+            known = info.length is not None and (info.ranges is not None or info.length <= MIN_PIECE_BYTES)
+            if known or info.ranges is False:
                 return info
         answer = await self._answer(source, "GET", Ask(0, 1, ranged=True).headers(), _CONTENT)
         await (answer.close() if answer.status == 200 else answer.drain())
