@@ -124,12 +124,12 @@ class _Handler(BaseHTTPRequestHandler):
             while start < stop:
                 data = file.read(min(CHUNK_BYTES, stop - start))
                 time.sleep(self.origin.throttle.wait_for(len(data)))
+                self.origin.count(sent=len(data))
                 try:
                     self.wfile.write(data)
                 except OSError:  # the reader went away
                     self.close_connection = True
                     return
-                self.origin.count(sent=len(data))
                 start += len(data)
 
     def log_message(self, format: str, *args: object) -> None:

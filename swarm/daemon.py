@@ -44,7 +44,6 @@ PORT_ATTEMPTS: Final = 16
 """Free ports tried: the one free for UDP may be taken for TCP, or its neighbour."""
 
 T = TypeVar("T")
-Parameters = TypeVar("Parameters")
 
 
 class Stop:
@@ -184,18 +183,19 @@ async def listening(
     """
     address = await listen_address(settings)
     for attempt in range(PORT_ATTEMPTS):
-        with contextlib.ExitStack() as undo:
-            transport = undo.enter_context(UdpTransport.open(address))
-            swarm = connect(settings, membership, store, origin, transport, rng)
-            bound = Address(transport.local_address.host, transport.local_address.port)
-            try:
-                async with running(swarm.hub.run, [bound]) as ports:
+        started = False
+        try:
+            with UdpTransport.open(address) as transport:
+                swarm = connect(settings, membership, store, origin, transport, rng)
+                async with running(swarm.hub.run, [transport.local_address]) as ports:
+                    started = True
                     swarm.ports = ports
                     yield swarm
                     return
-            except _StartFailed as error:
-                if address.port != 0 or attempt == PORT_ATTEMPTS - 1:
-                    raise error.reason from error
+        except (ConfigError, BaseExceptionGroup) as error:
+            # The number that was free for UDP is taken for TCP: another one will do, if any will.
+            if started or address.port != 0 or attempt == PORT_ATTEMPTS - 1 or not _is_all(error, ConfigError):
+                raise
 
 
 def connect(
@@ -258,23 +258,11 @@ async def listen_address(settings: Settings) -> Address:
 # --- running parts ------------------------------------------------------------------------------------------------
 
 
-class _StartFailed(Exception):
-    """A part could not start; `reason` says why."""
-
-    def __init__(self, reason: SwarmError) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
-
-
 @asynccontextmanager
 async def running(service: Callable[..., Awaitable[object]], *arguments: object) -> AsyncIterator[Any]:
     """Start a service and wait until it is; when the block ends, it is cancelled and waited for."""
     async with trio.open_nursery() as nursery:
-        try:
-            started = await nursery.start(service, *arguments)
-        except* SwarmError as errors:
-            raise _StartFailed(_first(errors)) from errors
-        yield started
+        yield await nursery.start(service, *arguments)
         nursery.cancel_scope.cancel()
 
 
@@ -289,27 +277,23 @@ async def running_aside(service: Callable[..., Awaitable[object]], *arguments: o
 
 @contextlib.contextmanager
 def flatten() -> Iterator[None]:
-    """Let one deliberate exception out as itself, however many nurseries it crossed."""
+    """Let a deliberate exception out as itself, however many nurseries it crossed; bugs stay in their groups."""
     try:
         yield
-    except _StartFailed as error:
-        raise error.reason from error
     except BaseExceptionGroup as group:
-        meant, rest = group.split((SwarmError, _StartFailed))
-        if meant is None or rest is not None:
+        if not _is_all(group, SwarmError):
             raise
-        raise _first(meant) from group
+        raise _first(group) from group
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> SwarmError:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            return _first(error)
-        if isinstance(error, _StartFailed):
-            return error.reason
-        if isinstance(error, SwarmError):
-            return error
-    raise group
+def _is_all(error: BaseException, kind: type[BaseException]) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_all(inner, kind) for inner in error.exceptions)
+    return isinstance(error, kind)
+
+
+def _first(error: BaseException) -> BaseException:
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _section(cls: type[T], settings: object) -> T:
