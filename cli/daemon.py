@@ -122,7 +122,7 @@ async def _run(settings: Settings, ready_fd: int | None) -> None:
             with contextlib.suppress(OSError), os.fdopen(ready_fd, "w") as stream:  # whoever waited may be gone
                 stream.write(json.dumps(status) + "\n")
 
-    with _received(signal.SIGTERM, signal.SIGINT) as received:
+    with _received(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_obey, received, stop)
             await run_node(settings, stop=stop, ready=ready)
@@ -141,6 +141,9 @@ async def _obey(received: Any, stop: Any) -> None:
 
     log = structlog.get_logger(__name__)
     async for number in received:
+        if number == signal.SIGHUP:
+            log.info("network files are looked at every few seconds; other settings need a restart", signal="SIGHUP")
+            continue
         if stop.asked.is_set():
             log.warning("ending at once", signal=signal.Signals(number).name)
             os._exit(SIGNAL_EXIT + number)

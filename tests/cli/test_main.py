@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import click
 import pytest
@@ -202,3 +204,37 @@ def test_whoever_reads_the_output_may_go_away():
     os.close(writing)
     assert ended.returncode == 1
     assert ended.stderr == b""
+
+
+DOCS = Path(__file__).parent.parent.parent / "docs/reference"
+
+
+def test_the_reference_of_the_command_line_is_what_the_commands_say():
+    from cli.reference import reference
+
+    assert (DOCS / "cli.md").read_text() == reference(), "run: python -m cli.reference > docs/reference/cli.md"
+
+
+def test_the_reference_of_metrics_is_what_the_code_says():
+    from swarm.metrics import reference
+
+    assert reference() in (DOCS / "http.md").read_text()
+
+
+def test_the_reference_of_http_names_every_route():
+    from swarm.http import OPENAPI
+
+    page = (DOCS / "http.md").read_text()
+    for path in OPENAPI["paths"]:
+        assert f"| `{path}` |" in page
+
+
+def test_every_kind_of_error_stands_beside_its_exit_code():
+    rows = {}
+    for line in (DOCS / "exit-codes.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0].isdecimal():
+            rows[int(cells[0])] = set(re.findall(r"`(\w+)`", cells[1]))
+    for name, kind in vars(errors).items():
+        if isinstance(kind, type) and issubclass(kind, SwarmError):
+            assert name in rows[kind.exit_code]
