@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Protocol
+from typing import Final, NoReturn, Protocol
 
 import structlog
 import trio
@@ -430,20 +430,30 @@ class PeerHub:
         Raises:
             PeerError: It is not.
         """
+        old = self._links.get(link.node_id)
+        self.check_room(link)
         if self.is_arbiter(link.node_id):
-            self._refuse_unwanted(link)
+            if old is not None and self._overlaps(old, link):
+                self._refuse(link, websocket.DUPLICATE, "there is a connection already")
             link.queue(self.make_hello(link.ticket))
         self._admit(link)
 
-    def _refuse_unwanted(self, link: Link) -> None:
-        old = self._links.get(link.node_id)
-        if old is not None and old.hello is not None and link.hello is not None:
-            if old.hello.boot == link.hello.boot and link.since - old.since < OVERLAP_SECONDS:
-                link.end("there is a connection already", code=websocket.DUPLICATE)
-                raise PeerError("there is a connection already")
-        elif len(self._links) >= self.settings.max_links:
-            link.end("as many connections as this node takes", code=websocket.FULL)
-            raise PeerError("too many connections")
+    def check_room(self, link: Link) -> None:
+        """
+        Raises:
+            PeerError: As many links as this node takes; `link` is closed.
+        """
+        if link.node_id not in self._links and len(self._links) >= self.settings.max_links:
+            self._refuse(link, websocket.FULL, "as many connections as this node takes")
+
+    def _overlaps(self, old: Link, new: Link) -> bool:
+        """Whether the new one was dialled in ignorance of the old one.  A restarted peer, or one that dials again much later,
+        has lost the old one: then the new one is the link."""
+        return old.peer_hello.boot == new.peer_hello.boot and new.since - old.since < OVERLAP_SECONDS
+
+    def _refuse(self, link: Link, code: int, reason: str) -> NoReturn:
+        link.end(reason, code=code)
+        raise PeerError(reason)
 
     def _admit(self, link: Link) -> None:
         old = self._unfinished.get(link.node_id)

@@ -212,6 +212,7 @@ class Link:
         with trio.fail_after(SETUP_SECONDS):
             await (self._socket.connect() if self.dialled else self._socket.accept())
         if not self._hub.is_arbiter(self.node_id):
+            self._hub.check_room(self)  # before the other side believes that it has a link
             self.queue(self._hub.make_hello(self.ticket))
         connection, socket = self._connection, self._socket
         while True:

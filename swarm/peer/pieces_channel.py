@@ -20,10 +20,13 @@ Goal: bytes at the speed of `sendfile` and `recv`, in the trio thread (handing a
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import socket
 import ssl
+import sys
+import termios
 from collections.abc import Callable
 from typing import Final
 
@@ -118,6 +121,15 @@ class Pipe:
             await trio.lowlevel.wait_writable(self.sock)
         except (trio.ClosedResourceError, OSError) as error:
             raise PeerError("channel closed") from error
+
+    def unsent(self) -> int:
+        """Bytes given to the socket that the other end has not acknowledged."""
+        if self.closed:
+            return 0
+        try:
+            return int.from_bytes(fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except OSError:
+            return 0
 
     def nudge(self) -> None:
         """Let `wait_readable` return for any byte at all."""

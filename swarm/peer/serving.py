@@ -42,6 +42,8 @@ UNSENT_SECONDS: Final = 0.02
 """What may wait unsent in the kernel (`TCP_NOTSENT_LOWAT`): 20 ms at the rate seen, so that a transfer that "ended" nearly has,
 and one upload at a time is real; within bounds, since each wake-up costs CPU."""
 
+DRAIN_POLL_SECONDS: Final = 0.05
+
 SLOW_GRACE: Final = 1.5
 """The server gives up on a slow client later than the client on a slow server: the client knows more about why."""
 
@@ -122,6 +124,9 @@ class PiecesServer:
         while self._uploader.active:
             self._idle = trio.Event()
             await self._idle.wait()
+        while any(served.pipe.unsent() for served in self._channels.values()):  # noqa: ASYNC110 - the kernel has no event for it
+            await trio.sleep(DRAIN_POLL_SECONDS)
+        await trio.sleep(DRAIN_POLL_SECONDS)  # for the client to read what has arrived, before its link is closed
 
     def forget(self, node_id: NodeId) -> None:
         """The control connection is gone: its channels are too."""

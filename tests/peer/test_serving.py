@@ -342,7 +342,7 @@ def test_a_client_that_stops_reading_is_given_up_and_its_slice_released(tmp_path
             client = await w.client()
             began = trio.current_time()
             await client.ask(ask(1))
-            while not w.errors and w.uploader.active or trio.current_time() == began:
+            while w.uploader.active or trio.current_time() == began:
                 await trio.sleep(0.5)
                 assert trio.current_time() - began < 20
             assert trio.current_time() - began >= 10
@@ -556,8 +556,7 @@ def test_draining_ends_what_is_under_way_and_starts_nothing(tmp_path):
             await trio.testing.wait_all_tasks_blocked()
             assert not drained.is_set()
             await client.ask(ask(3))
-            reply, body = await client.answer()
-            assert body == CONTENT[:PIECE]
+            assert (await client.answer())[1] == CONTENT[:PIECE]
             await trio.testing.wait_all_tasks_blocked()
             assert drained.is_set()
             busy = await client.reply()
