@@ -134,8 +134,8 @@ class Announcer:
         self._start(self._publish, entry, search)
         await _first_answers(search)
         if entry.state in (State.WANTS, State.PARTIAL) and search.holders and not _has_complete(search):
-            with trio.move_on_after(PATIENCE):
-                await trio.sleep(SECOND_LOOK)
+            await trio.sleep(SECOND_LOOK)
+            with trio.move_on_after(2 * PATIENCE):
                 await self._dht.reread(search, list(search.holders.values()))
         return self._providers(search)
 

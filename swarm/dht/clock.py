@@ -7,6 +7,7 @@ its own clock or the median of the others: a minority of wrong clocks, and eithe
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from typing import Final
 MAX_WITNESSES: Final = 64
 MAX_SKEW: Final = 300.0
 """Seconds two clocks may differ before anything is done or said about it."""
+
+_ROUNDING: Final = 1.5
+"""Seconds a witness may seem to change its mind because answers carry whole seconds."""
 
 _TOLERATED: Final = 60.0
 """A median within this of our own clock is our own clock, so that stamps do not wander with rounding and latency."""
@@ -26,10 +30,16 @@ class NetworkClock:
     def __init__(self, wall: Callable[[], float]) -> None:
         self._wall = wall
         self._offsets: OrderedDict[str, float] = OrderedDict()
+        self._median: float | None = None
 
     def observe(self, witness: str, their_time: float, now: float) -> None:
         """An answer said what time it is; the last one of each witness counts."""
-        self._offsets[witness] = their_time - now
+        offset = their_time - now
+        if abs(self._offsets.get(witness, math.inf) - offset) <= _ROUNDING:
+            self._offsets.move_to_end(witness)
+            return
+        self._median = None
+        self._offsets[witness] = offset
         self._offsets.move_to_end(witness)
         while len(self._offsets) > MAX_WITNESSES:
             self._offsets.popitem(last=False)
@@ -40,7 +50,7 @@ class NetworkClock:
 
     def skew(self, now: float) -> float:
         """Seconds by which our own clock is ahead of the median of the others; 0 while there are none."""
-        return 0.0 if not self._offsets else self._wall() - (statistics.median(self._offsets.values()) + now)
+        return 0.0 if not self._offsets else self._wall() - (self._others() + now)
 
     def stamp(self, now: float) -> int:
         """The time to write into our own records."""
@@ -51,9 +61,14 @@ class NetworkClock:
             return int(own)
         return int(low if abs(own - low) < abs(own - high) else high)
 
+    def _others(self) -> float:
+        if self._median is None:
+            self._median = statistics.median(self._offsets.values())
+        return self._median
+
     def remaining(self, issued: int, expires: int, now: float) -> float:
         """Seconds a record has left to live; 0 or less if it is expired, or was issued in the future."""
         clocks = [self._wall()]
         if self._offsets:
-            clocks.append(statistics.median(self._offsets.values()) + now)
+            clocks.append(self._others() + now)
         return max((expires - clock for clock in clocks if issued <= clock + MAX_SKEW), default=0.0)

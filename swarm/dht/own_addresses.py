@@ -28,18 +28,21 @@ class OwnAddresses:
     def __init__(self, fixed: tuple[str, ...] = ()) -> None:
         self._fixed = fixed
         self._votes: dict[_Class, OrderedDict[str, str]] = {}
+        self._hosts: tuple[str, ...] | None = None
 
     def vote(self, witness: Address, observed: Address) -> bool:
         """An answer reported where we are; whether that changed what `hosts` returns."""
         kind = _class_of(observed.host)
         if kind[1] is Scope.FORBIDDEN:
             return False
-        votes = self._votes.setdefault(kind, OrderedDict())
         name = witness_of(witness)
-        if votes.get(name) == observed.host:
+        votes = self._votes.get(kind)
+        if votes is not None and votes.get(name) == observed.host:
             votes.move_to_end(name)
             return False
-        before = self.hosts() if votes else ()
+        before = self.hosts()
+        self._hosts = None
+        votes = self._votes.setdefault(kind, OrderedDict())
         votes[name] = observed.host
         votes.move_to_end(name)
         while len(votes) > MAX_WITNESSES:
@@ -61,6 +64,11 @@ class OwnAddresses:
 
     def hosts(self) -> tuple[str, ...]:
         """Where to reach us, fixed ones first; loopback only if there is nothing else."""
+        if self._hosts is None:
+            self._hosts = self._count()
+        return self._hosts
+
+    def _count(self) -> tuple[str, ...]:
         voted = []
         for kind in sorted(self._votes, key=lambda kind: (kind[1].value, kind[0])):
             count = Counter(self._votes[kind].values())
