@@ -233,7 +233,7 @@ def _skew(status: dict[str, Any]) -> Finding:
         return (
             _kernel_clock() if not status["dht_contacts"] else Finding("clock", OK, f"{abs(skew):.0f} s off from other nodes")
         )
-    direction = "ahead of" if skew < 0 else "behind"
+    direction = "ahead of" if skew > 0 else "behind"
     return Finding(
         "clock",
         WARNING,

@@ -7,14 +7,9 @@ from typing import Any
 from swarm.download.request import Fetched, Progress, TaskActivity
 from swarm.edges import Entry
 from swarm.errors import ConfigError, SwarmError
-from swarm.task import Digest
 
 MIN_PREFIX_DIGITS = 4
 """Fewer digits of a task id name too many tasks to be what somebody meant."""
-
-
-UNKNOWN = Digest("sha256", "0" * 64)
-"""What stands for the digest of content of which only a range was fetched."""
 
 
 class NoSuchTask(SwarmError):
@@ -37,7 +32,7 @@ def progress_view(progress: Progress) -> dict[str, Any]:
 def fetched_view(fetched: Fetched) -> dict[str, Any]:
     return {
         "task": fetched.task_id.hex(),
-        "digest": str(fetched.digest) if fetched.digest != UNKNOWN else None,
+        "digest": str(fetched.digest) if fetched.digest is not None else None,
         "bytes": fetched.length,
         "seconds": round(fetched.seconds, 3),
         "from_origin": fetched.from_origin,

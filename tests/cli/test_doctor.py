@@ -125,8 +125,8 @@ def test_a_data_directory_of_somebody_else_is_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "check", "state", "text"),
     [
-        ({"clock_skew_seconds": 3600.0}, "clock", WARNING, "1 h 0 min"),
-        ({"clock_skew_seconds": -400.0}, "clock", WARNING, "6 min 40 s"),
+        ({"clock_skew_seconds": 3600.0}, "clock", WARNING, "1 h 0 min ahead of"),
+        ({"clock_skew_seconds": -400.0}, "clock", WARNING, "6 min 40 s behind"),
         ({"problems": ["node.crt is out of date"]}, "network", WARNING, "out of date"),
         ({"certificate_expires": time.time() + 3600}, "network", WARNING, "ends in"),
         ({"certificate_expires": 0.0, "open": True}, "network", OK, "no protection"),
