@@ -27,6 +27,10 @@ from tests.system.origin import MIB, OriginFailed
 from tests.system.processes import NotReady
 
 
+# "At the same moment" is within 50 ms; a run on a machine too busy for that says nothing.
+TOGETHER: Final = Limit("start_spread_s", 0.05)
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One row of the table.
@@ -58,7 +62,7 @@ JOINING = Setting(hosts=20, length=100 * MIB, link=100)
 
 def _swarm(name: str, title: str, setting: Setting, last_done: float, copies: float = 1.05) -> Case:
     """All at once, with a bound in seconds for the last one."""
-    limits = (Limit("copies", copies), Limit("seconds", last_done))
+    limits = (Limit("copies", copies), Limit("seconds", last_done), TOGETHER)
     return Case(name, title, functools.partial(many.at_once, setting), limits, setting.floor)
 
 
@@ -92,14 +96,14 @@ CASES: Final = (
         "small",
         "20 hosts, all links 100 Mbit/s, 3 MiB",
         functools.partial(many.at_once, SMALL),
-        (Limit("copies", 1.1), Limit("own_seconds", 2.0)),
+        (Limit("copies", 1.1), Limit("own_seconds", 2.0), TOGETHER),
         SMALL.floor,
     ),
     Case(
         "tiny",
         "20 hosts, all links 100 Mbit/s, 200 KiB",
         functools.partial(many.at_once, TINY),
-        (Limit("reads", 2), Limit("own_seconds", 1.0)),
+        (Limit("reads", 2), Limit("own_seconds", 1.0), TOGETHER),
         TINY.floor,
     ),
     Case(
@@ -120,7 +124,7 @@ CASES: Final = (
         "killed",
         "20 hosts, all links 50 Mbit/s, 100 MiB, 6 killed (-9) in the middle",
         functools.partial(many.killed, MBIT_50, victims=6),
-        (Limit("copies", 1.2), Limit("seconds", 1.5 * MBIT_50.floor)),
+        (Limit("copies", 1.2), Limit("seconds", 1.5 * MBIT_50.floor), TOGETHER),
         MBIT_50.floor,
     ),
     Case(
