@@ -26,7 +26,6 @@ from tests.system.hosts import HostsError
 from tests.system.origin import MIB, OriginFailed
 from tests.system.processes import NotReady
 
-
 # "At the same moment" is within 50 ms; a run on a machine too busy for that says nothing.
 TOGETHER: Final = Limit("start_spread_s", 0.05)
 
