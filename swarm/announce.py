@@ -21,7 +21,7 @@ import structlog
 import trio
 
 from swarm.dht import state as saved
-from swarm.dht.addresses import LOWEST_PORT, Scope, scope_of
+from swarm.dht.addresses import LOWEST_PORT, Scope, advertised, scope_of
 from swarm.dht.node import DhtNode, Search
 from swarm.dht.records import LIFETIME, ProviderRecord, sign_provider, sign_withdrawal
 from swarm.dht.routing import Contact
@@ -40,9 +40,12 @@ LONGEST_WAIT: Final = 2.0
 """Seconds until `announce` and `find` return what they have; the work goes on behind them."""
 SECOND_LOOK: Final = 0.06
 """Seconds after announcing that a newcomer looks again: who announced just after it has been stored by then."""
-REPEATS_AT_ONCE: Final = 2
-REPEAT_PAUSE: Final = 0.25
-"""Seconds between repetitions that are due together: 8 messages each, so a backlog sends about 30 a second."""
+REPEATS_AT_ONCE: Final = 4
+REPEAT_PAUSE: Final = 0.1
+"""Seconds between repetitions that are due together: 8 messages each, so a backlog sends about 80 a second.
+
+Two thousand tasks restored after a restart are found again within four minutes.
+"""
 SEQ_BLOCK: Final = 4096
 """How many sequence numbers are reserved on disk at a time; a crash skips the rest, which costs nothing."""
 WITHDRAW_LIMIT: Final = 1.0
@@ -99,11 +102,14 @@ class Announcer:
             addresses: Hosts to announce (`--advertise`); empty: what others report.
             state_path: Where the sequence number is kept (CBOR); without it the wall clock alone keeps it growing.
             seed_role: Announce what is complete as `State.SEED`.
+
+        Raises:
+            ConfigError: One of `addresses` is not an address others can reach.
         """
         self._dht = dht
         self._membership = membership
         self._control_port = control_port
-        self._addresses = tuple(addresses)
+        self._addresses = advertised(addresses)
         self._state_path = state_path
         self._rng = rng
         self._seed_role = seed_role
@@ -192,7 +198,7 @@ class Announcer:
 
     def set_addresses(self, addresses: Sequence[str]) -> None:
         """Announce these hosts from now on (empty: what others report), and repeat what is announced already."""
-        self._addresses = tuple(addresses)
+        self._addresses = advertised(addresses)
         self._hosts_changed()
 
     @property
@@ -341,7 +347,7 @@ class Announcer:
                 continue
             entry = heapq.heappop(self._due)[2]
             if entry.publishing:
-                self._schedule(entry, trio.current_time() + 2 * REPEAT_PAUSE)
+                self._schedule(entry, trio.current_time() + 5 * REPEAT_PAUSE)
                 continue
             entry.due = float("inf")
             await slots.acquire()

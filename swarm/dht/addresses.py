@@ -9,10 +9,11 @@ import enum
 import functools
 import ipaddress
 import socket
+from collections.abc import Iterable
 from typing import Final
 
 from swarm.edges import Address
-from swarm.errors import RemoteProtocolError
+from swarm.errors import ConfigError, RemoteProtocolError
 
 _MAPPED: Final = b"\0" * 10 + b"\xff\xff"
 
@@ -50,6 +51,26 @@ def scope_of(host: str) -> Scope:
     if ip.is_unspecified or ip.is_multicast or ip.is_link_local or ip.is_reserved or host in _METADATA:
         return Scope.FORBIDDEN
     return Scope.GLOBAL if ip.is_global else Scope.PRIVATE
+
+
+def advertised(hosts: Iterable[str]) -> tuple[str, ...]:
+    """Addresses to announce, as a person wrote them, in canonical form.
+
+    Raises:
+        ConfigError: A name, or an address nobody could reach.
+    """
+    found = []
+    for text in hosts:
+        try:
+            host = str(ipaddress.ip_address(text.strip("[]")))
+        except ValueError:
+            raise ConfigError(f"{text!r} is not an IP address; --advertise takes addresses, not names") from None
+        if scope_of(host) is Scope.FORBIDDEN:
+            raise ConfigError(
+                f"nobody can be reached at {host}; --advertise takes an address of this host that others can reach"
+            )
+        found.append(host)
+    return tuple(dict.fromkeys(found))
 
 
 def may_contact(address: Address, *, from_loopback: bool, low_ports: bool = False) -> bool:

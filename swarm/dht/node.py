@@ -22,7 +22,7 @@ import structlog
 import trio
 
 from swarm.dht import messages, state
-from swarm.dht.addresses import Scope, may_contact, pack, scope_of, unpack
+from swarm.dht.addresses import Scope, advertised, may_contact, pack, scope_of, unpack
 from swarm.dht.clock import MAX_SKEW
 from swarm.dht.lookup import Lookup
 from swarm.dht.messages import Answer, Contacts, Providers, Query, Stored
@@ -121,7 +121,7 @@ class DhtNode:
             advertise: Hosts known to be ours, beside what others report.
 
         Raises:
-            ConfigError: An entry of `join` is not of that form.
+            ConfigError: An entry of `join` is not of that form, or one of `advertise` not an address.
         """
         self._transport = transport
         self._rng = rng
@@ -130,7 +130,7 @@ class DhtNode:
         self._resolve = resolve or _resolve
         self._low_ports = low_ports
         local = transport.local_address.host
-        fixed = [*advertise, *([local] if scope_of(local) is not Scope.FORBIDDEN else [])]
+        fixed = [*advertised(advertise), *([local] if scope_of(local) is not Scope.FORBIDDEN else [])]
         self.engine = Engine(
             membership,
             rng=rng,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.dht.addresses import Scope, may_contact, pack, scope_of, slots_of, unpack, witness_of
+from swarm.dht.addresses import Scope, advertised, may_contact, pack, scope_of, slots_of, unpack, witness_of
 from swarm.edges import Address
-from swarm.errors import RemoteProtocolError
+from swarm.errors import ConfigError, RemoteProtocolError
 
 hosts = st.ip_addresses().filter(lambda ip: ip.version == 4 or ip.ipv4_mapped is None).map(str)
 
@@ -79,3 +79,13 @@ def test_slots_and_votes_go_by_host_but_on_loopback_by_port() -> None:
     assert slots_of("8.8.8.8") == 1 < slots_of("10.0.0.1") < slots_of("127.0.0.1")
     assert witness_of(Address("8.8.8.8", 1)) == witness_of(Address("8.8.8.8", 2))
     assert witness_of(Address("127.0.0.1", 1)) != witness_of(Address("127.0.0.1", 2))
+
+
+def test_advertised_addresses_become_canonical() -> None:
+    assert advertised(["10.0.0.1", "FD00:0::1", "[fd00::1]"]) == ("10.0.0.1", "fd00::1")
+
+
+@pytest.mark.parametrize("text", ["node1.example", "10.0.0.1:7400", "", "0.0.0.0", "::", "fe80::1", "224.0.0.1"])  # noqa: S104
+def test_what_nobody_can_reach_is_not_advertised(text: str) -> None:
+    with pytest.raises(ConfigError, match="--advertise"):
+        advertised([text])
