@@ -314,6 +314,18 @@ def test_a_directory_swapped_for_a_link_half_way_does_not_lead_elsewhere(
     assert (tmp_path / "moved" / "file").read_bytes() == DATA
 
 
+def test_a_link_planted_under_the_temporary_name_is_not_written_through(
+    source: int, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    monkeypatch.setattr(os, "urandom", bytes)
+    (out / f".file.{bytes(6).hex()}.part").symlink_to(victim)
+    with pytest.raises(TargetError, match="File exists"):
+        put(source, out / "file")
+    assert victim.read_text() == "precious"
+
+
 def test_somebody_who_swaps_the_target_all_the_time_gets_nothing_written_through(tmp_path: Path, out: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")

@@ -963,3 +963,100 @@ def test_no_descriptor_or_thread_is_left_behind(tmp_path: Path, monkeypatch: pyt
 
     run(main)
     assert ours() == []
+
+
+# --- what happens while a thread is at work ---------------------------------------------------------------------------
+
+
+def test_a_piece_lost_while_the_content_is_synced_keeps_it_from_being_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    material = Material(9000)
+
+    async def main() -> None:
+        with disk_store(tmp_path / "store") as store, await create(store, material.url, material) as task:
+            write(task, material)
+            with monkeypatch.context() as patch:
+                patch.setattr(disk, "_sync_file", lambda *_: trio.from_thread.run_sync(task.drop_pieces, [1]))
+                with pytest.raises(StoreError, match="lost while"):
+                    await task.complete_with(material.digest)
+            assert not task.complete
+            assert store.open(material.blob.id) is None
+
+    run(main)
+
+
+def test_a_piece_replaced_while_the_content_is_hashed_spoils_that_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    material, wrong = Material(9000), Material(9000, seed=1)
+    original = hashing.PrefixHasher.hexdigest
+
+    async def main() -> None:
+        with disk_store(tmp_path / "store") as store, await create(store, material.url, material) as task:
+            write(task, wrong, 1)
+            write(task, material)
+
+            def replace() -> None:
+                task.drop_pieces([1])
+                write(task, material, 1)
+
+            def hexdigest(*arguments: Any) -> str:
+                text = original(*arguments)
+                trio.from_thread.run_sync(replace)
+                return text
+
+            with monkeypatch.context() as patch:
+                patch.setattr(hashing.PrefixHasher, "hexdigest", hexdigest)
+                with pytest.raises(StoreError, match="lost while"):
+                    await task.content_digest()
+            assert await task.content_digest() == material.digest
+
+    run(main)
+
+
+def test_a_piece_replaced_while_it_is_verified_is_not_taken_for_rotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    material = Material(9000)
+    file = prepared(tmp_path / "store", material)
+    flip(file, 5000)
+    original = hashing.piece_digest
+
+    async def main() -> None:
+        with disk_store(tmp_path / "store") as store, opened(store, material.url.id) as task:
+
+            def replace() -> None:
+                task.drop_pieces([1])
+                write(task, material, 1)
+
+            def piece_digest(fd: int, offset: int, length: int) -> bytes | None:
+                found = original(fd, offset, length)
+                if offset == 4096 and threading.current_thread() is not threading.main_thread():
+                    trio.from_thread.run_sync(replace)
+                return found
+
+            with monkeypatch.context() as patch:
+                patch.setattr(hashing, "piece_digest", piece_digest)
+                assert await task.verify() == []
+            assert task.held.all()
+            assert task.read(0, 9000) == material.data
+
+    run(main)
+
+
+def test_the_way_to_the_file_is_synced_before_the_content_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    material = Material(9000)
+    synced: list[str] = []
+    original = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        original(fd)
+
+    async def main() -> None:
+        with disk_store(tmp_path / "store") as store, await create(store, material.url, material) as task:
+            write(task, material)
+            monkeypatch.setattr(os, "fsync", fsync)
+            await task.complete_with(material.digest)
+            assert synced == [str(file_of(store, material.url.id).parent), str(tmp_path / "store" / "tasks")]
+
+    run(main)
