@@ -185,10 +185,13 @@ class DiskStore(TaskStore):
         self._hash_prefix(content)
 
     def _write_back(self, content: Content) -> None:
+        # A file description of its own: a write error is reported once to each, and completing must hear of it too.
+        try:
+            fd = content.opened.open_read_only()
+        except StoreError:  # no descriptor left: later then, the piece is written
+            return
         written, content.unsynced, content.unsynced_bytes = content.unsynced, [], 0
         epoch = content.epoch
-        # A file description of its own: a write error is reported once to each, and completing must hear of it too.
-        fd = content.opened.open_read_only()
 
         def sync() -> None:
             try:
@@ -224,7 +227,10 @@ class DiskStore(TaskStore):
         stop = min(known.end * geometry.piece_length, geometry.length)
         if stop - content.hashed_until < HASH_EVERY_BYTES:
             return
-        hasher = self._hasher(content, self._algorithm(content))
+        try:
+            hasher = self._hasher(content, self._algorithm(content))
+        except OSError:  # no descriptor left: `_hash_all` does it then
+            return
         content.hashed_until = stop
         self._hashing.put(lambda: hasher.advance(stop))
 
@@ -247,19 +253,20 @@ class DiskStore(TaskStore):
             self._hashing.put(hasher.close)
 
     async def _hash_all(self, content: Content, algorithm: str) -> Digest:
-        hasher = self._hasher(content, algorithm)
-        own = hasher.algorithm != algorithm
-        if own:
-            hasher = hashing.PrefixHasher(content.opened.fd, algorithm)
-        else:
-            content.hashed_until = content.geometry.length
+        length = content.geometry.length
+        own: hashing.PrefixHasher | None = None
         try:
-            text = await self._blocking(hasher.hexdigest, content.geometry.length, trio.from_thread.check_cancelled)
+            hasher = self._hasher(content, algorithm)
+            if hasher.algorithm == algorithm:
+                content.hashed_until = length
+            else:
+                hasher = own = hashing.PrefixHasher(content.opened.fd, algorithm)
+            text = await self._blocking(hasher.hexdigest, length, trio.from_thread.check_cancelled)
         except OSError as error:
             raise storage_error(error, "cannot read from the store") from error
         finally:
-            if own:
-                hasher.close()
+            if own is not None:
+                own.close()
         return Digest(algorithm, text)
 
     # --- scrub --------------------------------------------------------------------------------------------------

@@ -73,20 +73,28 @@ class Worker:
             self._thread.join()
 
     def _run(self) -> None:
-        while True:
+        try:
+            while (job := self._next()) is not None:
+                try:
+                    job()
+                except OSError as error:
+                    # A job that must tell somebody of its failure does so itself; the thread serves the other contents.
+                    structlog.get_logger(__name__).error("store_job_failed", worker=self._name, error=str(error))
+        finally:  # also after a bug of ours: nobody may wait for a thread that is gone
             with self._changed:
-                self._busy = False
+                self._closing, self._busy = True, False
+                self._jobs.clear()
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._jobs or self._closing)
-                if not self._jobs:
-                    return
-                job = self._jobs.popleft()
-                self._busy = True
-            try:
-                job()
-            except OSError as error:
-                # A job that must tell somebody of its failure does so itself; the thread serves the other contents.
-                structlog.get_logger(__name__).error("store_job_failed", worker=self._name, error=str(error))
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._jobs or self._closing)
+            if not self._jobs:
+                return None
+            self._busy = True
+            return self._jobs.popleft()
 
 
 class PrefixHasher:

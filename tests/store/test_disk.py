@@ -759,6 +759,28 @@ def test_a_write_error_in_the_background_is_remembered_until_completion(
     run(main)
 
 
+def test_without_a_descriptor_left_pieces_are_still_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    material = Material(20_000)
+    monkeypatch.setattr(disk, "SYNC_EVERY_BYTES", 4096)
+    monkeypatch.setattr(disk, "HASH_EVERY_BYTES", 4096)
+
+    def none_left(*_: Any, **__: Any) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def main() -> None:
+        with disk_store(tmp_path / "store") as store, await create(store, material.url, material) as task:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "open", none_left)
+                patch.setattr(os, "dup", none_left)
+                write(task, material)
+                with pytest.raises(StoreError, match="Too many open files"):
+                    await task.content_digest()
+            assert await task.content_digest() == material.digest
+            await task.complete_with(material.digest)
+
+    run(main)
+
+
 # --- power loss -----------------------------------------------------------------------------------------------------
 
 
