@@ -557,10 +557,10 @@ def test_draining_ends_what_is_under_way_and_starts_nothing(tmp_path):
             assert not drained.is_set()
             await client.ask(ask(3))
             assert (await client.answer())[1] == CONTENT[:PIECE]
-            await trio.testing.wait_all_tasks_blocked()
-            assert drained.is_set()
             busy = await client.reply()
             assert (busy.id, busy.status) == (3, wire.BUSY)
+            with trio.fail_after(1):
+                await drained.wait()
             assert w.uploader.queued == 1
 
     run(main)
