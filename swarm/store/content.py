@@ -14,8 +14,8 @@ from swarm.store.body import Body
 from swarm.task import Digest, Geometry, Task
 
 if TYPE_CHECKING:
+    from swarm.store.handle import OpenTask
     from swarm.store.hashing import PrefixHasher
-    from swarm.store.store import OpenTask
 
 BLAKE3_BYTES: Final = 32
 

@@ -342,7 +342,7 @@ class DiskStore(TaskStore):
     def _release_quietly(self, content: Content) -> None:
         """Checking is not using: LRU does not hear of it."""
         used, last_used = content.used, content.last_used
-        self._release(content)
+        self.release(content)
         content.used, content.last_used = used, last_used
 
     def _close_medium(self) -> None:

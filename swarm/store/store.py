@@ -13,11 +13,10 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Final, TypeVar, TypeVarTuple, Unpack, cast
 
 import structlog
@@ -30,6 +29,7 @@ from swarm.pieces import PieceSet
 from swarm.store import eviction
 from swarm.store.body import Body
 from swarm.store.content import BLAKE3_BYTES, Content, Name, Pieces
+from swarm.store.handle import OpenTask
 from swarm.store.records import Records
 from swarm.task import MIB, Digest, Geometry, Task, blob_task
 
@@ -62,135 +62,6 @@ class Statistics:
     evicted_bytes: int
     rotten_pieces: int
     scrubbed_bytes: int
-
-
-class OpenTask:
-    """A `StoredTask`.  Several may be open on one content."""
-
-    def __init__(self, store: TaskStore, content: Content, name: Name) -> None:
-        self._store = store
-        self._content: Content | None = content
-        self._name = name
-        self._lost: list[Callable[[list[int]], None]] = []
-
-    @property
-    def content(self) -> Content:
-        if self._content is None:
-            raise LocalProtocolError(f"task {self._name.task.short} was closed")
-        return self._content
-
-    @property
-    def _pieces(self) -> Pieces:
-        return self.content.known
-
-    @property
-    def task(self) -> Task:
-        return self._name.task
-
-    @property
-    def geometry(self) -> Geometry:
-        return self.content.geometry
-
-    @property
-    def held(self) -> PieceSet:
-        """Ask anew after every await: completing may merge two contents."""
-        return self._pieces.held
-
-    @property
-    def complete(self) -> bool:
-        return self.content.complete
-
-    @property
-    def digest(self) -> Digest | None:
-        return self.content.digest or self._name.task.digest
-
-    @property
-    def private(self) -> bool:
-        return self._name.private
-
-    @property
-    def path(self) -> Path | None:
-        return self.content.opened.path
-
-    def write_piece(self, piece: int, data: memoryview, blake3: bytes, proof: wire.Signed | None) -> None:
-        self._store._write(self, piece, data, blake3, proof)
-
-    def piece_digest(self, piece: int) -> bytes | None:
-        known = self._pieces
-        return known.digest(piece) if 0 <= piece < len(known.held) and known.held[piece] else None
-
-    def proof(self, piece: int) -> wire.Signed | None:
-        """`None` too if it was given for another task of the same content."""
-        known = self._pieces
-        if not (0 <= piece < len(known.held) and known.held[piece]):
-            return None
-        found = known.proofs.get(piece) or self._store._records.load_proof(self.content, piece)
-        return found[1] if found is not None and found[0] == self.task.id else None
-
-    def slice(self, piece: int, offset: int, length: int) -> FileSlice | None:
-        return self._store._slice(self.content, piece, offset, length)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Bytes of held pieces.
-
-        Raises:
-            StoreError: Not all of them are held, or one turned out rotten just now.
-        """
-        return self._store._read(self.content, offset, length)
-
-    def on_lost(self, callback: Callable[[list[int]], None]) -> None:
-        """Until `close`.  Also told of pieces that another handle of the same content dropped."""
-        self._lost.append(callback)
-
-    def tell_lost(self, lost: list[int]) -> None:
-        for callback in tuple(self._lost):
-            callback(list(lost))
-
-    async def verify(self) -> list[int]:
-        return await self._store._verify(self.content)
-
-    async def content_digest(self, algorithm: str = "sha256") -> Digest:
-        """As the contract says.
-
-        Raises:
-            LocalProtocolError: Not all pieces are held.
-            StoreError: Pieces of an earlier run have rotted meanwhile; they were dropped: fetch them and ask again.
-        """
-        return await self._store._content_digest(self.content, algorithm)
-
-    def drop_pieces(self, pieces: Sequence[int]) -> None:
-        self._store._lose(self.content, pieces, dropped_by=self)
-
-    async def complete_with(self, digest: Digest) -> None:
-        """As the contract says.
-
-        Raises:
-            LocalProtocolError: Pieces are missing.
-            DigestMismatch: The task itself names another digest.
-            NoSpace, StoreError: It could not be synced; ask again later.
-        """
-        await self._store._complete(self, digest)
-
-    def open_read_only(self) -> int:
-        if not self.complete:
-            raise LocalProtocolError(f"task {self.task.short} is not complete")
-        return self.content.opened.open_read_only()
-
-    def close(self) -> None:
-        content, self._content = self._content, None
-        if content is not None:
-            self._lost.clear()
-            content.handles.remove(self)
-            self._store._release(content)
-
-    def _move(self, content: Content) -> None:
-        self._content = content
-
-    def __enter__(self) -> OpenTask:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class TaskStore(ABC):
@@ -554,7 +425,7 @@ class TaskStore(ABC):
             content.saved_use = content.last_used
             self._records.content(content)
 
-    def _release(self, content: Content) -> None:
+    def release(self, content: Content) -> None:
         content.references -= 1
         if content.references or self._closed:
             return
@@ -672,9 +543,9 @@ class TaskStore(ABC):
             with trio.move_on_after(WATERMARK_SECONDS):
                 await self._room_wanted.wait()
 
-    # --- pieces -----------------------------------------------------------------------------------------------
+    # --- what handles do -----------------------------------------------------------------------------------------
 
-    def _write(self, handle: OpenTask, piece: int, data: memoryview, blake3: bytes, proof: wire.Signed | None) -> None:
+    def write(self, handle: OpenTask, piece: int, data: memoryview, blake3: bytes, proof: wire.Signed | None) -> None:
         content = handle.content
         known, body = content.known, content.opened
         if self._closed:
@@ -686,7 +557,7 @@ class TaskStore(ABC):
         self._notice_changes(content)
         if not body.writable:
             # Somebody has a hard link to the file: their bytes are not ours to change.
-            self._lose(content, list(pieces.indices(known.held)))
+            self.lose(content, list(pieces.indices(known.held)))
             content.replaced.append(body)
             content.body = body = self._new_body(content)
         self._check_size(content, piece, data)
@@ -702,6 +573,9 @@ class TaskStore(ABC):
             known.remember_proof(piece, handle.task.id, proof)
         content.held_count += 1
         self._written(content, piece)
+
+    def load_proof(self, content: Content, piece: int) -> tuple[bytes, wire.Signed] | None:
+        return self._records.load_proof(content, piece)
 
     def _check_size(self, content: Content, piece: int, data: memoryview) -> None:
         if len(data) != content.geometry.size(piece):
@@ -730,9 +604,9 @@ class TaskStore(ABC):
     def _found_rotten(self, content: Content, rotten: list[int]) -> None:
         self._rotten += len(rotten)
         log.warning("store_pieces_rotten", content=content.file, pieces=rotten[:10], count=len(rotten))
-        self._lose(content, rotten)
+        self.lose(content, rotten)
 
-    def _slice(self, content: Content, piece: int, offset: int, length: int) -> FileSlice | None:
+    def slice(self, content: Content, piece: int, offset: int, length: int) -> FileSlice | None:
         known = content.known
         if not (0 <= piece < len(known.held) and known.held[piece]):
             return None
@@ -740,10 +614,10 @@ class TaskStore(ABC):
             return None
         content.references += 1
         return FileSlice(
-            content.opened.fd, content.geometry.offset(piece) + offset, length, _Once(partial(self._release, content))
+            content.opened.fd, content.geometry.offset(piece) + offset, length, _Once(partial(self.release, content))
         )
 
-    def _read(self, content: Content, offset: int, length: int) -> bytes:
+    def read(self, content: Content, offset: int, length: int) -> bytes:
         if offset < 0 or length < 0 or offset + length > content.geometry.length:
             raise LocalProtocolError(f"no bytes [{offset}, {offset + length}) in content of {content.geometry.length}")
         known = content.known
@@ -752,7 +626,7 @@ class TaskStore(ABC):
                 raise StoreError(f"piece {piece} is not held")
         return content.opened.read(offset, length)
 
-    def _lose(self, content: Content, lost: Iterable[int], *, dropped_by: OpenTask | None = None) -> None:
+    def lose(self, content: Content, lost: Iterable[int], *, dropped_by: OpenTask | None = None) -> None:
         """Take pieces out of what is held, and tell everybody but `dropped_by`."""
         known = content.known
         gone = sorted({p for p in lost if 0 <= p < len(known.held) and known.held[p]})
@@ -772,7 +646,7 @@ class TaskStore(ABC):
             if handle is not dropped_by:
                 handle.tell_lost(gone)
 
-    async def _verify(self, content: Content) -> list[int]:
+    async def verify(self, content: Content) -> list[int]:
         self._notice_changes(content)
         known = content.known
         return await self._verify_pieces(content, (known.held & ~known.checked) | known.suspect)
@@ -807,7 +681,7 @@ class TaskStore(ABC):
                 self._found_rotten(content, rotten)
             return rotten
         finally:
-            self._release(content)
+            self.release(content)
 
     def _drop_suspects(self, content: Content, wrong: list[int]) -> None:
         """They never counted as held, so nobody is told."""
@@ -817,10 +691,10 @@ class TaskStore(ABC):
 
     # --- completion ---------------------------------------------------------------------------------------------
 
-    async def _content_digest(self, content: Content, algorithm: str) -> Digest:
+    async def content_digest(self, content: Content, algorithm: str) -> Digest:
         if not content.known.held.all():
             raise LocalProtocolError(f"{content.file} is not all there yet")
-        if rotten := await self._verify(content):
+        if rotten := await self.verify(content):
             raise StoreError(f"{len(rotten)} pieces have changed on disk since they were verified; they are fetched again")
         content.references += 1
         try:
@@ -830,7 +704,7 @@ class TaskStore(ABC):
                 raise StoreError("pieces were lost while the content was hashed; they are fetched again")
             return digest
         finally:
-            self._release(content)
+            self.release(content)
 
     @abstractmethod
     async def _hash_all(self, content: Content, algorithm: str) -> Digest: ...
@@ -844,7 +718,7 @@ class TaskStore(ABC):
     def _stop_hashing(self, content: Content) -> None:
         content.hasher = None
 
-    async def _complete(self, handle: OpenTask, digest: Digest) -> None:
+    async def complete(self, handle: OpenTask, digest: Digest) -> None:
         content = handle.content
         if not content.known.held.all():
             raise LocalProtocolError(f"task {handle.task.short} is not all there yet")
@@ -858,7 +732,7 @@ class TaskStore(ABC):
             if not await self._merged(content, digest):
                 await self._become_complete(content, digest)
         finally:
-            self._release(content)
+            self.release(content)
 
     async def _merged(self, content: Content, digest: Digest) -> bool:
         """If the same bytes are complete under another name, use those: one content is stored once."""
@@ -890,7 +764,7 @@ class TaskStore(ABC):
             await self._sync(content)
         except StoreError:
             # After a failed sync the kernel forgets which pages were not written: none of them can be relied on.
-            self._lose(content, list(pieces.indices(content.known.held)))
+            self.lose(content, list(pieces.indices(content.known.held)))
             raise
         if content.epoch != epoch:
             raise StoreError("pieces were lost while the content was synced; they are fetched again")

@@ -14,7 +14,8 @@ from blake3 import blake3
 
 from swarm import wire
 from swarm.store.disk import DiskStore
-from swarm.store.store import OpenTask, TaskStore
+from swarm.store.handle import OpenTask
+from swarm.store.store import TaskStore
 from swarm.task import Digest, Geometry, Task, blob_task, url_task
 
 

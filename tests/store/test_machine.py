@@ -13,8 +13,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from swarm.errors import LocalProtocolError, NotPermitted, StoreError
 from swarm.store.disk import DiskStore
+from swarm.store.handle import OpenTask
 from swarm.store.memory import MemoryStore
-from swarm.store.store import OpenTask, TaskStore
+from swarm.store.store import TaskStore
 from swarm.task import Task, url_task
 from tests.store.material import Material, disk_store, fast_directory, file_of, write
 

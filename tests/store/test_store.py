@@ -13,8 +13,9 @@ import trio.testing
 
 from swarm.edges import Store
 from swarm.errors import DigestMismatch, LocalProtocolError, NoSpace, NotPermitted, StoreError
+from swarm.store.handle import OpenTask
 from swarm.store.memory import MemoryStore
-from swarm.store.store import EVICT_SECONDS, OpenTask, TaskStore
+from swarm.store.store import EVICT_SECONDS, TaskStore
 from swarm.task import Digest, Geometry, blob_task, url_task
 from tests.store.material import Material, complete, create, disk_store, opened, signed, write
 
