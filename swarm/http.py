@@ -32,9 +32,8 @@ MAX_CONNECTIONS: Final = 64
 """At one time; what comes beyond is closed at once, so that scrapers and strangers leave descriptors for peers."""
 
 MAX_HEAD_BYTES: Final = 16 * 1024
-KEEP_ALIVE_SECONDS: Final = 10
-READ_SECONDS: Final = 10
-"""A client that is slow to ask is not kept (slowloris)."""
+IDLE_SECONDS: Final = 10
+"""A client that has not asked by then, or not again, is not kept, however slowly it goes on sending (slowloris)."""
 
 BACKLOG: Final = 64
 
@@ -124,8 +123,7 @@ def _server(node: Node, settings: HttpSettings) -> Callable[[trio.SocketStream],
     config = Config()
     config.accesslog = config.errorlog = None
     config.h11_max_incomplete_size = MAX_HEAD_BYTES
-    config.keep_alive_timeout = KEEP_ALIVE_SECONDS
-    config.read_timeout = READ_SECONDS
+    config.keep_alive_timeout = IDLE_SECONDS
     config.include_server_header = False
     application = ASGIWrapper(guarded(application_for(node), settings.hosts))  # type: ignore[arg-type]  # plain ASGI types
     context = WorkerContext(None)

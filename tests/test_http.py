@@ -2,7 +2,7 @@
 
 import json
 import socket
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 import trio
@@ -205,15 +205,28 @@ def test_connections_beyond_the_bound_are_closed_and_the_others_go_on(node, monk
     served(node, check)
 
 
-def test_a_slow_request_is_not_kept(node, monkeypatch):
-    monkeypatch.setattr(http, "KEEP_ALIVE_SECONDS", 0.1)
-    monkeypatch.setattr(http, "READ_SECONDS", 0.1)
+@pytest.mark.parametrize(
+    "beginning",
+    [b"", b"GET /healthz HTTP/1.1\r\nX-Slow", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nslow"],
+    ids=["nothing", "half a head", "half a body"],
+)
+def test_a_slow_request_is_not_kept(node, monkeypatch, beginning):
+    monkeypatch.setattr(http, "IDLE_SECONDS", 0.2)
+
+    async def trickle(stream):
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while True:
+                await trio.sleep(0.02)
+                await stream.send_all(b"x")
 
     async def check(port):
-        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-            await stream.send_all(b"GET /healthz HTTP/1.1\r\nX-Slow")
-            while await stream.receive_some(65536):
-                pass
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream, trio.open_nursery() as nursery:
+            await stream.send_all(beginning)
+            nursery.start_soon(trickle, stream)
+            with trio.fail_after(3), suppress(trio.BrokenResourceError):
+                while await stream.receive_some(65536):
+                    pass
+            nursery.cancel_scope.cancel()
 
     served(node, check)
 
