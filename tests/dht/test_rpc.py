@@ -104,36 +104,51 @@ def test_an_id_that_does_not_match_its_key_is_dropped() -> None:
     assert one.statistics(net.clock.now).dropped["bad proof"] == 1
 
 
-def tamper(net: Wire, signer: Engine, change: Callable[[ContactBody], ContactBody], *, by: Engine | None = None) -> None:
-    """Let B's pongs carry another body, signed by `by` (or by B itself)."""
+Forge = Callable[[Engine, ContactBody], wire.Signed]
+
+
+def tamper(net: Wire, signer: Engine, forge: Forge) -> None:
+    """Let B's first pong carry another proof."""
+    done = False
 
     def tap(data: bytes, source: Address, destination: Address) -> bool:
+        nonlocal done
         message = messages.read(data)
-        if isinstance(message, Pong) and source == B and not hasattr(tap, "done"):
-            tap.done = True  # type: ignore[attr-defined]  # ours has been let through
-            body = change(wire.decode(message.proof.body, ContactBody))
-            pong = Pong(
-                message.tx, message.observed, message.token, message.time, (by or signer).membership.sign("contact", body)
-            )
-            net.engines[destination].receive(messages.seal(pong, signer.membership), source, net.clock.now)
-            return False
-        return True
+        if not isinstance(message, Pong) or source != B or done:
+            return True
+        done = True
+        proof = forge(signer, wire.decode(message.proof.body, ContactBody))
+        pong = Pong(message.tx, message.observed, message.token, message.time, proof)
+        net.engines[destination].receive(messages.seal(pong, signer.membership), source, net.clock.now)
+        return False
 
     net.tap = tap
 
 
+def resigned(**changes: bytes) -> Forge:
+    return lambda signer, body: signer.membership.sign("contact", msgspec.structs.replace(body, **changes))
+
+
+def in_the_name_of_another(signer: Engine, body: ContactBody) -> wire.Signed:
+    own = signer.membership.sign("contact", body)
+    return wire.Signed(own.body, member(77).public_key, own.signature)
+
+
 @pytest.mark.parametrize(
-    "change",
+    "forge",
     [
-        lambda body: msgspec.structs.replace(body, nonce=b"x" * 16),
-        lambda body: msgspec.structs.replace(body, asker=b"x" * 32),
-        lambda body: msgspec.structs.replace(body, observed=body.observed[:5] + b"xx"),
+        resigned(nonce=b"x" * 16),
+        resigned(asker=b"x" * 32),
+        resigned(observed=b"half an"),
+        in_the_name_of_another,
+        lambda signer, body: signer.membership.sign("provider", body),
+        lambda signer, body: member(2, "theirs").sign("contact", body),
     ],
-    ids=["an old nonce", "a proof made for somebody else", "half an address"],
+    ids=["an old nonce", "made for another", "half an address", "another's name", "another kind", "another network"],
 )
-def test_a_proof_that_is_not_for_our_question_is_refused(change: Callable[[ContactBody], ContactBody]) -> None:
+def test_a_proof_that_is_not_for_our_question_is_refused(forge: Forge) -> None:
     net, one, other = pair()
-    tamper(net, other, change)
+    tamper(net, other, forge)
     refused: list[Contact | None] = []
     one.ask_for_proof(B, net.clock.now, refused.append)
     net.settle()
@@ -142,7 +157,7 @@ def test_a_proof_that_is_not_for_our_question_is_refused(change: Callable[[Conta
 
 def test_an_honest_proof_passes_the_same_hands() -> None:
     net, one, other = pair()
-    tamper(net, other, lambda body: body)
+    tamper(net, other, resigned())
     proven: list[Contact | None] = []
     one.ask_for_proof(B, net.clock.now, proven.append)
     net.settle()
@@ -379,6 +394,16 @@ def test_a_withdrawal_reaches_the_store() -> None:
     assert isinstance(answer, Stored)
     assert answer.status == messages.STORED
     assert len(other.store) == 0
+
+
+def test_a_withdrawal_of_long_ago_is_not_believed() -> None:
+    net, one, other = pair()
+    ask(net, A, B, find_providers(one), Providers)
+    raw = sign_withdrawal(member(1), KEY, 2, int(WALL + net.clock.now) - 7201)
+    (answer,) = ask(net, A, B, lambda tx, token, padding: Withdraw(tx, one.node_id, token, raw, padding), Stored)
+    assert isinstance(answer, Stored)
+    assert answer.status == messages.INVALID
+    assert not other.store._tombstones
 
 
 def crowded() -> tuple[Wire, Engine]:
