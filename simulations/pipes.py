@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -91,7 +92,7 @@ class Uplink:
             flow.in_flight += 1
             self._busy = True
             self.sent += size
-            self.events.after(size / self.rate, lambda: self._gone(flow, size))
+            self.events.after(size / self.rate, partial(self._gone, flow, size))
             self._offer_later(flow)
 
     def _offer_later(self, flow: Flow) -> None:

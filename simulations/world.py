@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 import msgspec
@@ -425,7 +426,7 @@ class World:
         for link in list(node.by_peer.values()):
             if link.other is not None:
                 end = link.other
-                self.events.after(self.rng.uniform(0.3, 2.0), lambda end=end: self.disconnect(end, "died"))
+                self.events.after(self.rng.uniform(0.3, 2.0), partial(self.disconnect, end, "died"))
 
     def started(self, receiver: Link, request: wire.Request, served: Served) -> None:
         if receiver.up and receiver.near.alive:

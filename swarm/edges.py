@@ -361,7 +361,7 @@ class OriginBody(Protocol):
         """Length of the whole content, if now known."""
         ...
 
-    def chunks(self) -> AsyncIterator[bytes]:
+    def chunks(self) -> AsyncIterator[bytes | memoryview]:
         """The bytes.
 
         Raises:

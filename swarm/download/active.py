@@ -1,0 +1,180 @@
+"""What the download service keeps: one `Active` for each task it takes part in, and the parts of the node all of them use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import trio
+
+from swarm import wire
+from swarm.download.exchange import Exchange
+from swarm.download.members import Members
+from swarm.download.policy import Policy
+from swarm.edges import (
+    Discovery,
+    Membership,
+    NodeId,
+    Origin,
+    OriginInfo,
+    PeerLink,
+    PeerNetwork,
+    Source,
+    Store,
+    StoredTask,
+)
+from swarm.errors import NotPermitted, OriginError, SwarmError
+from swarm.task import Geometry, Task
+
+GATHER_SECONDS = 0.005
+"""A burst of messages and pieces is gathered so long before the exchange decides: waking for each is what costs a busy node."""
+
+GREETED_LINKS = 32
+"""Links of earlier tasks that are asked about a new one before the DHT answers."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counters since start, read by the metrics."""
+
+    bytes_from_peers: int = 0
+    bytes_from_origin: int = 0
+    bytes_to_peers: int = 0
+    pieces_from_peers: int = 0
+    pieces_from_origin: int = 0
+    pieces_to_peers: int = 0
+    pieces_bad: int = 0
+    pieces_wasted: int = 0
+    why_origin: Counter[str] = field(default_factory=Counter)
+    fetches: Counter[str] = field(default_factory=Counter)
+    bytes_from_local: int = 0
+    lies: int = 0
+    bans: int = 0
+
+
+@dataclass(slots=True)
+class Parts:
+    """The parts of the node that downloads work with.
+
+    Attributes:
+        wall_clock: Wall seconds, for signed statements only.
+        spool_dir: Takes content of unknown length while it is read; `None`: the system's.
+        network: Connections; `None` until the peer layer is attached.
+    """
+
+    membership: Membership
+    store: Store
+    discovery: Discovery
+    origin: Origin
+    policy: Policy
+    rng: Random
+    wall_clock: Callable[[], float]
+    spool_dir: str | None = None
+    network: PeerNetwork | None = None
+    totals: Totals = field(default_factory=Totals)
+    claim_seq: int = 0
+
+    @property
+    def me(self) -> NodeId:
+        return self.membership.node_id
+
+    def now(self) -> int:
+        """Wall seconds for a signature."""
+        return int(self.wall_clock())
+
+    def link(self, node_id: NodeId) -> PeerLink | None:
+        return self.network.link(node_id) if self.network is not None else None
+
+    def links(self) -> Sequence[PeerLink]:
+        return self.network.links() if self.network is not None else ()
+
+    def sign_claim(self, task_id: bytes, geometry: Geometry, piece: int, lease: float) -> wire.Signed:
+        self.claim_seq += 1
+        body = wire.ClaimBody(task_id, geometry.length, geometry.piece_length, piece, lease, self.claim_seq)
+        return self.membership.sign("claim", body)
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes exchanged with one neighbour for one task."""
+
+    received: int = 0
+    sent: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Active:
+    """One task this node takes part in: the exchange and what drives it.
+
+    Attributes:
+        info: What the origin said; `None` where it was not asked.
+        timer: The driver's sleep; see `touch`.
+        done: The download is over: the wanted pieces are here and checked, or `error` says why not.
+        joined: Set when somebody we greeted or dialled answered or failed.
+        awaiting: Greeted, and not answered yet.
+        signers: Piece -> who vouched for it, for pieces that came in this run.
+        seals: Who sealed the task, and what.
+        banned: Public keys of members that vouched for wrong bytes of this task.
+        strict: Only the origin is believed.
+        whole_content: Everything is wanted, not only a range.
+    """
+
+    task: Task
+    stored: StoredTask
+    exchange: Exchange
+    members: Members
+    source: Source | None
+    info: OriginInfo | None
+    started: float
+    shared: bool
+    timer: trio.CancelScope = field(default_factory=trio.CancelScope)
+    touched: bool = False
+    done: trio.Event = field(default_factory=trio.Event)
+    joined: trio.Event = field(default_factory=trio.Event)
+    error: SwarmError | None = None
+    finished: float = 0.0
+    waiters: int = 0
+    from_origin: int = 0
+    from_peers: int = 0
+    from_local: int = 0
+    traffic: dict[NodeId, Traffic] = field(default_factory=dict)
+    signers: dict[int, bytes] = field(default_factory=dict)
+    awaiting: set[NodeId] = field(default_factory=set)
+    greeted: set[NodeId] = field(default_factory=set)
+    reads: dict[int, trio.CancelScope] = field(default_factory=dict)
+    seals: dict[NodeId, tuple[bytes, wire.SealBody]] = field(default_factory=dict)
+    banned: set[bytes] = field(default_factory=set)
+    request_ids: dict[tuple[NodeId, int], int] = field(default_factory=dict)
+    seal: wire.Signed | None = None
+    nursery: trio.Nursery | None = None
+    finishing: bool = False
+    strict: bool = False
+    origin_error: OriginError | NotPermitted | None = None
+    last_byte: float = 0.0
+    whole_content: bool = True
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.stored.geometry
+
+    def touch(self) -> None:
+        """Something changed: the driver is to decide anew."""
+        self.touched = True
+        self.timer.deadline = min(self.timer.deadline, trio.current_time() + GATHER_SECONDS)
+
+    def answered(self, node_id: NodeId) -> None:
+        """Nobody waits for this node's answer any more."""
+        self.awaiting.discard(node_id)
+        self.joined.set()
+
+    def join_message(self, *, reply: bool) -> wire.Join:
+        """Our part in the task."""
+        return self.exchange.join_message(
+            reply=reply, complete=self.stored.complete, seal=self.seal, private=self.stored.private
+        )
+
+
+Fail = Callable[[Active, SwarmError], None]
+"""Ends a download; verified pieces stay in the store for the next attempt."""

@@ -1,0 +1,128 @@
+"""Finding the members of a task and connecting to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import structlog
+import trio
+
+from swarm import wire
+from swarm.download.active import GREETED_LINKS, Active, Parts
+from swarm.download.bans import Bans
+from swarm.edges import NodeId, PeerLink, Provider, State
+from swarm.errors import PeerError
+
+log = structlog.get_logger(__name__)
+
+FIND_AGAIN = (1.0, 3.0, 10.0, 30.0)
+"""Seconds between searches for more members while a download runs; the last repeats."""
+
+DIAL_PATIENCE = 0.15
+"""Of two nodes that find each other at the same moment the one with the larger id waits this long for the other's dial."""
+
+
+class Meeting:
+    """Announces, dials and greets on behalf of each task."""
+
+    def __init__(self, parts: Parts, bans: Bans) -> None:
+        self._parts = parts
+        self._bans = bans
+
+    async def seek(self, active: Active, found: list[Provider]) -> None:
+        """Announce, connect, settle; then look for more members from time to time until the download is over."""
+        policy = self._parts.policy
+        if not active.shared:
+            active.exchange.settle(trio.current_time())
+            active.touch()
+            return
+        for link in self._parts.links()[:GREETED_LINKS]:
+            self.greet(active, link)
+        found = [*found, *await self._parts.discovery.announce(active.task.id, State.WANTS)]
+        announced = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.connect_to, active, found)
+            with trio.move_on_after(policy.settle_bound):
+                await trio.sleep_until(announced + policy.settle)
+                await self._first_answers(active)
+            active.exchange.settle(trio.current_time())
+            active.touch()
+        await self._keep_looking(active)
+
+    async def _keep_looking(self, active: Active) -> None:
+        intervals = iter(FIND_AGAIN)
+        interval = FIND_AGAIN[0]
+        while not active.done.is_set():
+            interval = next(intervals, interval)
+            with trio.move_on_after(interval):
+                await active.done.wait()
+            if not active.done.is_set() and len(active.exchange.neighbours) < self._parts.policy.mesh:
+                await self.connect_to(active, await self._parts.discovery.find(active.task.id))
+
+    async def _first_answers(self, active: Active) -> None:
+        """Until everybody who was dialled or greeted has answered or failed."""
+        while active.awaiting or active.members.dialling:
+            active.joined = trio.Event()
+            await active.joined.wait()
+
+    async def connect_to(self, active: Active, found: Iterable[Provider]) -> None:
+        """Remember these members, and connect to those the task needs."""
+        active.members.learn(found)
+        async with trio.open_nursery() as nursery:
+            for provider in active.members.to_dial(set(active.exchange.neighbours) | active.greeted):
+                nursery.start_soon(self._join_with, active, provider)
+
+    async def _join_with(self, active: Active, provider: Provider) -> None:
+        active.members.dialling.add(provider.node_id)
+        try:
+            link = await self.dial(provider)
+        finally:
+            active.members.dialling.discard(provider.node_id)
+        if link is None:
+            active.members.failed(provider.node_id)
+        else:
+            self.greet(active, link)
+        active.joined.set()
+
+    async def dial(self, provider: Provider) -> PeerLink | None:
+        """The link to this member, made if there is none; `None` if it is banned or cannot be reached."""
+        network = self._parts.network
+        if network is None or provider.node_id == self._parts.me or self.is_banned(provider.node_id):
+            return None
+        link = network.link(provider.node_id)
+        if link is None and provider.state is State.WANTS and provider.node_id < self._parts.me:
+            # It is likely to be dialling us at this very moment; two set-ups cost twice the CPU of one.
+            await trio.sleep(DIAL_PATIENCE)
+            link = network.link(provider.node_id)
+        if link is not None:
+            return link
+        try:
+            return await network.connect(provider.node_id, provider.control)
+        except PeerError as error:
+            log.debug("peer_unreachable", peer=provider.node_id.hex(), reason=str(error))
+            return None
+
+    def greet(self, active: Active, link: PeerLink) -> None:
+        """Say that we take part, and ask whether it does."""
+        if link.node_id in active.greeted or not active.shared:
+            return
+        active.greeted.add(link.node_id)
+        active.awaiting.add(link.node_id)
+        link.post(active.join_message(reply=True))
+
+    def introduced(self, active: Active, records_untrusted: list[bytes]) -> None:
+        """A neighbour told us of other members."""
+        discovery = self._parts.discovery
+        read = (discovery.read_record(record, active.task.id) for record in records_untrusted)
+        found = [provider for provider in read if provider is not None]
+        if found and not active.done.is_set() and active.nursery is not None:
+            active.nursery.start_soon(self.connect_to, active, found)
+
+    def introduce(self, active: Active, newcomer: PeerLink) -> None:
+        """Tell a new neighbour of the members we know."""
+        known = active.members.records(newcomer.node_id, self._parts.rng)
+        if known:
+            newcomer.post(wire.Peers(active.task.id, known), urgent=False)
+
+    def is_banned(self, node_id: NodeId) -> bool:
+        return self._bans.is_banned(node_id, trio.current_time())

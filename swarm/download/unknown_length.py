@@ -1,0 +1,230 @@
+"""Tasks whose length is not known yet: from the origin, from members, or by reading all of it.
+
+A *lobby* is open while a task waits for its geometry; members are asked for theirs, and who asks us is told when we know.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import trio
+
+from swarm import wire
+from swarm.download.active import GREETED_LINKS, Parts
+from swarm.download.claims import WHOLE, score
+from swarm.download.meeting import Meeting
+from swarm.edges import NodeId, OriginInfo, PeerLink, Provider, Source, State
+from swarm.errors import IntegrityError, NoSpace, NotAMember, NotPermitted, OriginError, OriginUnreachable, RemoteProtocolError
+from swarm.task import MIN_PIECE_BYTES, Geometry, Task
+
+MAX_LOBBY = 256
+"""Members remembered as waiting with us; the others find us when we are announced."""
+
+CLAIM_WHOLE_EVERY = 1.0
+"""Seconds between claims of the one who reads content of unknown length."""
+
+GEOMETRY_PATIENCE = 15.0
+"""Seconds to wait for a member that knows the geometry where the origin does not say it."""
+
+
+@dataclass(slots=True)
+class Lobby:
+    """Waiting for somebody who knows the geometry of a task whose length is not known here."""
+
+    heard: trio.Event = field(default_factory=trio.Event)
+    geometry: Geometry | None = None
+    asked: set[NodeId] = field(default_factory=set)
+    """Who asked us meanwhile, or was asked: they are told when the geometry is known."""
+    quiet_since: float = 0.0
+
+    def meet(self, node_id: NodeId) -> None:
+        if len(self.asked) < MAX_LOBBY:
+            self.asked.add(node_id)
+
+
+class Lobbies:
+    """The open lobbies, by task id."""
+
+    def __init__(self, parts: Parts, meeting: Meeting) -> None:
+        self._parts = parts
+        self._meeting = meeting
+        self._lobbies: dict[bytes, Lobby] = {}
+
+    def __len__(self) -> int:
+        return len(self._lobbies)
+
+    async def find_geometry(
+        self, task: Task, source: Source | None
+    ) -> tuple[OriginInfo | None, Geometry | None, list[Provider]]:
+        """Ask the origin and the members for the length of a blob at the same time; the origin's word counts.
+
+        Raises:
+            OriginError, NotPermitted: The origin failed and no member knows the task.
+        """
+        lobby = self._lobbies.setdefault(task.id, Lobby())
+        found: list[Provider] = []
+        info: OriginInfo | None = None
+        failure: OriginError | NotPermitted | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                if task.shared:
+                    nursery.start_soon(self._ask_members, task.id, lobby, found)
+                if source is not None:
+                    try:
+                        info = await self._parts.origin.head(source)
+                    except (OriginError, NotPermitted) as error:
+                        failure = error
+                if info is None:
+                    with trio.move_on_after(GEOMETRY_PATIENCE if task.shared else 0):
+                        await lobby.heard.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            del self._lobbies[task.id]
+        if info is None and lobby.geometry is None:
+            raise failure or OriginUnreachable(
+                f"no member of the swarm has {task.digest}, and there is no origin to read; give its URL, or wait for a holder"
+            )
+        return info, lobby.geometry, found
+
+    async def read(self, task: Task, source: Source, info: OriginInfo, spool: Spool) -> Lobby:
+        """Content of unknown length: one member reads it whole, then it is a task like any other; the rest wait for its `Join`.
+
+        Who reads is decided by rendezvous over the members that want it; the next in order takes over when it has heard
+        no claim of a reader for a while.
+
+        Returns:
+            The lobby, closed: with a geometry if a member told it; without, all of the content is in `spool`.
+
+        Raises:
+            OriginError, NotPermitted, NoSpace: It could not be read.
+        """
+        lobby = self._lobbies.setdefault(task.id, Lobby())
+        try:
+            if task.shared:
+                await self._wait_for_a_reader(task, lobby)
+            if lobby.geometry is None:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._claim_whole, task, lobby)
+                    async with self._parts.origin.read(source, 0, None, expect=info) as body:
+                        async for chunk in body.chunks():
+                            spool.write(chunk)
+                    nursery.cancel_scope.cancel()
+        finally:
+            del self._lobbies[task.id]
+        return lobby
+
+    async def _wait_for_a_reader(self, task: Task, lobby: Lobby) -> None:
+        """Return when the geometry is known, or when it is our turn to read."""
+        policy = self._parts.policy
+        found: list[Provider] = []
+        async with trio.open_nursery() as nursery:
+            await self._ask_members(task.id, lobby, found)
+            with trio.move_on_after(policy.settle):
+                await lobby.heard.wait()
+            nursery.cancel_scope.cancel()
+        me = self._parts.me
+        rivals = [me, *(provider.node_id for provider in found if provider.node_id != me)]
+        rank = sorted(rivals, key=lambda node_id: score(node_id, task.id, WHOLE), reverse=True).index(me)
+        patience = rank * policy.progress_lease_small
+        lobby.quiet_since = trio.current_time()
+        while lobby.geometry is None and (left := lobby.quiet_since + patience - trio.current_time()) > 0:
+            with trio.move_on_after(left):
+                await lobby.heard.wait()
+
+    async def _ask_members(self, task_id: bytes, lobby: Lobby, found: list[Provider]) -> None:
+        for link in self._parts.links()[:GREETED_LINKS]:
+            self._ask(task_id, lobby, link)
+        found.extend(await self._parts.discovery.announce(task_id, State.WANTS))
+        async with trio.open_nursery() as dials:
+            for provider in found[: self._parts.policy.neighbours]:
+                dials.start_soon(self._dial_and_ask, task_id, lobby, provider)
+
+    async def _dial_and_ask(self, task_id: bytes, lobby: Lobby, provider: Provider) -> None:
+        link = await self._meeting.dial(provider)
+        if link is not None:
+            self._ask(task_id, lobby, link)
+
+    @staticmethod
+    def _ask(task_id: bytes, lobby: Lobby, link: PeerLink) -> None:
+        lobby.meet(link.node_id)
+        link.post(wire.Ask(task_id))
+
+    async def _claim_whole(self, task: Task, lobby: Lobby) -> None:
+        """Keep those who wait from reading too."""
+        nothing = Geometry(0, MIN_PIECE_BYTES)
+        while True:
+            claim = self._parts.sign_claim(task.id, nothing, WHOLE, 2 * CLAIM_WHOLE_EVERY)
+            for node_id in lobby.asked:
+                link = self._parts.link(node_id)
+                if link is not None:
+                    link.post(wire.Claims(task.id, [claim]))
+            await trio.sleep(CLAIM_WHOLE_EVERY)
+
+    # --- what members say -----------------------------------------------------------------------------------------
+
+    def asked(self, node_id: NodeId, task_id: bytes) -> None:
+        """A member asks for a task: if we wait for its geometry ourselves, it is told later."""
+        lobby = self._lobbies.get(task_id)
+        if lobby is not None:
+            lobby.meet(node_id)
+
+    def joined(self, join: wire.Join) -> None:
+        """A member told the geometry of a task.
+
+        Raises:
+            RemoteProtocolError: Nobody derives such a geometry.
+        """
+        lobby = self._lobbies.get(join.task)
+        if lobby is not None and lobby.geometry is None:
+            lobby.geometry = _checked_geometry(join)
+            lobby.heard.set()
+
+    def somebody_reads(self, message: wire.Claims) -> None:
+        """A member claims the whole of a task we wait for."""
+        lobby = self._lobbies.get(message.task)
+        if lobby is None:
+            return
+        for signed in message.claims:
+            with suppress(IntegrityError, NotAMember):
+                body = self._parts.membership.verify("claim", signed, wire.ClaimBody)
+                if body.task == message.task and body.piece == WHOLE:
+                    lobby.quiet_since = trio.current_time()
+
+
+def _checked_geometry(join: wire.Join) -> Geometry:
+    geometry = Geometry.of(join.length)
+    if geometry.piece_length != join.piece_length:
+        raise RemoteProtocolError("a join with a piece length nobody derives")
+    return geometry
+
+
+class Spool:
+    """Content of unknown length on its way, in a nameless file."""
+
+    def __init__(self, directory: str | None) -> None:
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed by `close`)
+        self.length = 0
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """Append.
+
+        Raises:
+            NoSpace: The disk is full.
+        """
+        try:
+            self._file.write(chunk)
+            self._file.flush()
+        except OSError as error:
+            raise NoSpace(f"cannot keep content of unknown length: {error.strerror}; free disk space") from error
+        self.length += len(chunk)
+
+    def rewind(self) -> None:
+        self._file.seek(0)
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(size)
+
+    def close(self) -> None:
+        self._file.close()
