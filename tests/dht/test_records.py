@@ -91,6 +91,16 @@ def test_a_withdrawal_is_not_taken_for_a_record_nor_a_record_for_a_withdrawal() 
         verifier.withdrawal(record(1, KEY))
 
 
+@pytest.mark.parametrize("kind", ["provider", "withdrawal"])
+def test_what_is_signed_in_the_name_of_another_is_rejected(kind: str) -> None:
+    verifier = Verifier(NETWORK)
+    raw = record(1, KEY) if kind == "provider" else sign_withdrawal(member(1), KEY, 1, WALL)
+    signed = wire.decode(raw, wire.Signed)
+    forged = wire.encode(wire.Signed(signed.body, member(2).public_key, signed.signature))
+    with pytest.raises(IntegrityError):
+        getattr(verifier, kind)(forged)
+
+
 def test_a_record_that_claims_to_live_for_a_year_is_rejected() -> None:
     body = ProviderBody(KEY, [bytes(4)], 7400, 0, 1, WALL, WALL + LIFETIME[State.WANTS] + 1)
     with pytest.raises(RemoteProtocolError):

@@ -303,6 +303,26 @@ def test_a_stranger_that_does_not_prove_itself_is_asked_once_and_not_called_sile
     assert not one.table.is_silent(B, net.clock.now)
 
 
+def test_a_silent_contact_that_comes_back_with_a_token_is_asked_again() -> None:
+    net, one, _ = pair()
+    net.introduce(A, B)
+    one.table.fell_silent(B, net.clock.now)
+    ask(net, B, A, find_providers(net.engines[B]), Providers)
+    assert not one.table.is_silent(B, net.clock.now)
+
+
+def test_the_round_trip_is_timed_from_the_question_that_was_answered() -> None:
+    net, one, other = pair()
+    one.ask(find_providers(one), Providers, B, net.clock.now, lambda answer: None)
+    question, _ = one.outgoing.popleft()
+    net.clock.now += 0.4
+    other.receive(question, A, net.clock.now)
+    net.settle()
+    # What followed at once (its proof) has pulled the mean down by an eighth.
+    assert one._round_trips[B] == pytest.approx(0.35)
+    assert one.slow_after(B) == pytest.approx(0.7)
+
+
 def test_time_outs_follow_the_round_trip_within_their_bounds() -> None:
     _, one, _ = pair()
     assert one._timeout(B) == rpc.FIRST_TIMEOUT
@@ -464,6 +484,22 @@ def test_a_first_query_of_ours_is_long_enough_for_a_whole_answer() -> None:
     (again,) = ask(net, address(250), A, find_providers(asker, cursor=answer.cursor), Providers)
     assert isinstance(again, Providers)
     assert len(again.records) >= 6
+
+
+def test_a_newcomer_whose_first_answer_was_long_is_still_asked_who_it_is() -> None:
+    net, victim = crowded()
+    newcomer = net.add(250)
+    ask(net, address(250), A, find_providers(newcomer), Providers)
+    assert victim.table.get(newcomer.node_id) is not None
+
+
+def test_an_asker_is_not_told_its_own_address() -> None:
+    net, _ = crowded()
+    asker = net.engines[address(5)]
+    (answer,) = ask(net, address(5), A, find_providers(asker, asker.node_id), Providers)
+    assert isinstance(answer, Providers)
+    assert len(answer.contacts) == 8
+    assert asker.node_id not in {node_id for node_id, _ in answer.contacts}
 
 
 def test_an_unproven_address_gets_five_answers_a_second() -> None:
