@@ -22,7 +22,7 @@ from swarm.edges import Started
 from swarm.errors import LocalProtocolError, PeerError, RemoteProtocolError
 from swarm.peer import fetching
 from swarm.peer.fetching import BufferPool, Fetcher
-from swarm.peer.limits import ProgressRule, RateLimit
+from swarm.peer.limits import Progress, ProgressRule, RateLimit
 from swarm.peer.pieces_channel import MAGIC, NONCE_BYTES, FrameReader, Pipe, Watch, frame, open_mac
 
 TASK = bytes(32)
@@ -313,6 +313,52 @@ def test_a_slow_server_above_the_floor_is_borne_although_its_bytes_never_fill_a_
             assert w.events.received[1][1] == content(wire.Request(1, TASK, 1, 0, 4 << 20))
 
     run(main)
+
+
+def test_bytes_below_the_low_water_mark_of_a_real_socket_are_progress_too():
+    """A socket pair has no low-water mark, TCP has; so this one is real, and its clock is moved by hand."""
+    clock = trio.testing.MockClock(rate=0)
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            ours = socket.create_connection(listener.getsockname())
+            theirs, _ = listener.accept()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        progress = Progress(ProgressRule(), 0.0)
+        watch = Watch()
+        failures: list[str] = []
+        pipe = Pipe(ours)
+        watch.add(pipe, progress, failures.append)
+
+        async def read() -> None:
+            view = memoryview(bytearray(1 << 20))
+            while True:
+                if (count := pipe.receive_nowait(view)) is None:
+                    await pipe.wait_readable(200_000)
+                else:
+                    progress.moved(count, trio.current_time())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch.run)
+            nursery.start_soon(read)
+            for _ in range(15):
+                await Pipe(theirs).send_all(bytes(100))
+                await turns(20)
+                clock.jump(1.0)
+                await turns(20)
+            nursery.cancel_scope.cancel()
+        pipe.close()
+        theirs.close()
+        assert failures == []
+
+    trio.run(main, clock=clock)
+
+
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await trio.lowlevel.checkpoint()
 
 
 def test_a_server_may_keep_a_request_waiting_without_being_given_up():
