@@ -460,7 +460,7 @@ class TaskStore(ABC):
         content = Content(
             self._next_key, self._file_for(task.id), geometry, created=now, last_used=now, saved_use=now, scrubbed=now
         )
-        # Counted before the first await, so that two that are made at once cannot both take the last room.
+        # Counted from here on: who looks at the room while we wait sees it taken.
         self._insert(content)
         content.references += 1
         try:

@@ -20,7 +20,9 @@ import trio
 import trio.testing
 
 from swarm.errors import ConfigError, NoSpace, StoreBusy, StoreError, StoreTooNew
+from swarm.store import content as content_module
 from swarm.store import database, disk, hashing
+from swarm.store import store as store_module
 from swarm.task import MIB, url_task
 from tests.store.material import Material, complete, create, disk_store, file_of, opened, signed, until, write
 
@@ -1061,6 +1063,50 @@ def test_a_piece_replaced_while_it_is_verified_is_not_taken_for_rotten(tmp_path:
                 assert await task.verify() == []
             assert task.held.all()
             assert task.read(0, 9000) == material.data
+
+    run(main)
+
+
+def test_the_record_of_a_completion_is_synced_and_that_of_a_piece_is_not(tmp_path: Path) -> None:
+    material = Material(9000)
+    statements: list[str] = []
+
+    async def main() -> None:
+        with disk_store(tmp_path / "store") as store, await create(store, material.url, material) as task:
+            await store._flush()
+            store._rows.writer._connection.set_trace_callback(statements.append)
+            write(task, material)
+            await store._flush()
+            assert any(text.startswith("INSERT OR REPLACE INTO piece") for text in statements)
+            assert "PRAGMA synchronous = FULL" not in statements
+            statements.clear()
+            await task.complete_with(material.digest)
+            full = statements.index("PRAGMA synchronous = FULL")
+            row = next(n for n, text in enumerate(statements) if text.startswith("INSERT OR REPLACE INTO content"))
+            assert full < row < statements.index("COMMIT", row)
+            assert "PRAGMA synchronous = NORMAL" not in statements[full:row]
+
+    run(main)
+
+
+def test_a_content_closed_and_opened_again_at_once_has_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    material = Material(9000)
+    monkeypatch.setattr(store_module, "MAX_WARM", 0)
+    monkeypatch.setattr(content_module, "MAX_RECENT_PROOFS", 0)
+    monkeypatch.setattr(database, "BATCH_SECONDS", 0.5)
+
+    async def main() -> None:
+        with disk_store(tmp_path / "store") as store:
+            with await create(store, material.url, material) as task:
+                write(task, material, 0, 2, proof=signed(2))
+                assert task.proof(2) == signed(2)
+            with opened(store, material.url.id) as task:
+                assert task.held.to01() == "101"
+                task.drop_pieces([0])
+            with opened(store, material.url.id) as task:
+                assert task.held.to01() == "001"
 
     run(main)
 

@@ -194,6 +194,44 @@ def test_two_urls_with_the_same_bytes_are_stored_once(make: Make) -> None:
     run(main)
 
 
+def test_fresh_content_is_not_merged_into_a_copy_that_lost_pieces(make: Make) -> None:
+    material = Material(9000)
+    second_url = url_task("http://mirror/same")
+
+    async def main() -> None:
+        store = make()
+        with await complete(store, material.url, material) as task:
+            task.drop_pieces([1])
+            with await complete(store, second_url, material) as fresh:
+                assert fresh.complete
+                assert fresh.read(0, 9000) == material.data
+                with opened(store, material.blob.id) as blob:
+                    assert blob.complete
+            assert task.held.to01() == "101"
+
+    run(main)
+
+
+def test_the_same_bytes_in_pieces_of_another_length_are_kept_apart(make: Make) -> None:
+    material, otherwise = Material(9000), Material(9000, piece_length=2048)
+    second_url = url_task("http://mirror/same")
+
+    async def main() -> None:
+        store = make()
+        (await complete(store, material.url, material)).close()
+        with await complete(store, second_url, otherwise) as task:
+            assert task.geometry == otherwise.geometry
+            assert task.complete
+        with opened(store, material.blob.id) as blob:
+            assert blob.geometry == material.geometry
+        assert await store.remove(material.url.id)
+        with opened(store, material.blob.id) as blob:
+            assert blob.geometry == otherwise.geometry
+            assert blob.read(0, 9000) == material.data
+
+    run(main)
+
+
 def test_a_blob_begun_and_left_takes_over_what_a_url_brought(make: Make) -> None:
     material = Material(9000)
 
