@@ -215,6 +215,8 @@ def test_a_full_store_drops_the_keys_farthest_from_itself_first() -> None:
         assert len(shelf) <= 100
     kept = [number for number in numbers if shelf.records(number.to_bytes(20, "big"), 1.0)]
     assert sorted(kept) == list(range(1, 101))
+    assert shelf.put(made_up(301, (301).to_bytes(20, "big")), "late", 600, 0.0) is Outcome.FULL
+    assert shelf.records((100).to_bytes(20, "big"), 1.0)
 
 
 def test_the_nearest_twenty_four_are_kept_and_come_first_whatever_the_order_of_arrival() -> None:

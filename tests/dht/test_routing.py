@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from swarm.dht.addresses import MAX_PER_PRIVATE_HOST
-from swarm.dht.routing import SILENCE, Contact, Shortlist, Table
+from swarm.dht.routing import MAX_SILENT, SILENCE, Contact, Shortlist, Table
 from swarm.edges import Address
 
 OWN = bytes(20)
@@ -125,6 +125,14 @@ def test_a_silent_contact_is_dropped_and_remembered_until_it_is_heard_or_time_ha
     table.fell_silent(known.address, 0.0)
     table.heard(known.address, 1.0)
     assert not table.is_silent(known.address, 2.0)
+
+
+def test_a_bounded_number_of_silent_addresses_is_remembered() -> None:
+    table = Table(OWN, 8)
+    for number in range(MAX_SILENT + 100):
+        table.fell_silent(contact(number).address, 0.0)
+    assert len(table._silent) == MAX_SILENT
+    assert table.is_silent(contact(MAX_SILENT + 99).address, 1.0)
 
 
 def test_a_shortlist_takes_one_contact_of_a_public_host_however_many_sybils_live_there() -> None:
