@@ -85,12 +85,12 @@ def test_ranges_are_read_over_one_kept_connection() -> None:
 
 def test_a_caller_that_stops_at_its_last_byte_leaves_the_connection_usable() -> None:
     async def act(reader: OriginReader) -> None:
-        for _ in range(3):
-            async with reader.read(SOURCE, 0, 300_000, expect=V1) as body:
+        for stop in (200_000, 300_000, 200_000):  # the last chunk is a large or a small one
+            async with reader.read(SOURCE, 0, stop, expect=V1) as body:
                 size = 0
                 async for chunk in body.chunks():
                     size += len(chunk)
-                    if size == 300_000:
+                    if size == stop:
                         break
 
     web = site()
@@ -188,6 +188,26 @@ def test_a_changed_modification_time_is_refused() -> None:
         assert await take(reader, SOURCE, 5, 90, plain) == CONTENT[5:90]
 
     site(lambda asked: content_reply(asked, etag=""))(act)
+
+
+def test_an_answer_that_does_not_say_its_version_is_not_believed_to_be_the_same() -> None:
+    plain = OriginInfo(len(CONTENT), f"lm:{MODIFIED}:{len(CONTENT)}", True, MODIFIED)
+    silent = site(lambda asked: Reply(200, {}, CONTENT))
+    fails(silent, ContentChanged, expect=plain)
+    fails(silent, ContentChanged, expect=V1)
+
+    def silent_range(asked: Asked) -> Reply:
+        return Reply(206, {"content-range": f"bytes 5-89/{len(CONTENT)}"}, CONTENT[5:90])
+
+    for expect in (plain, V1):
+        fails(site(silent_range), ContentChanged, start=5, stop=90, expect=replace(expect, if_range=""))
+
+
+def test_a_range_that_answers_if_range_need_not_repeat_the_version() -> None:
+    async def act(reader: OriginReader) -> None:
+        assert await take(reader, SOURCE, 5, 90, V1) == CONTENT[5:90]
+
+    site(lambda asked: Reply(206, {"content-range": f"bytes 5-89/{len(CONTENT)}"}, CONTENT[5:90]))(act)
 
 
 def test_a_date_that_is_not_a_second_old_is_no_if_range() -> None:
@@ -332,6 +352,20 @@ def test_a_range_that_is_not_the_one_asked_for_is_refused(lie: dict[str, str]) -
         return Reply(206, {"etag": ETAG, "content-range": "bytes 5-89/700001"} | lie, CONTENT[5:90])
 
     fails(site(liar), OriginError, "files.example", start=5, stop=90, expect=V1)
+
+
+def test_more_than_the_range_asked_for_is_refused_even_if_it_is_consistent() -> None:
+    def generous(asked: Asked) -> Reply:
+        return Reply(206, {"etag": ETAG, "content-range": f"bytes 5-99/{len(CONTENT)}"}, CONTENT[5:100])
+
+    fails(site(generous), OriginError, "not the range", start=5, stop=90, expect=V1)
+
+
+def test_a_length_that_contradicts_the_range_is_refused_before_a_byte_is_taken() -> None:
+    def liar(asked: Asked) -> Reply:
+        return Reply(206, {"etag": ETAG, "content-range": f"bytes 5-89/{len(CONTENT)}"}, CONTENT[5:80])
+
+    fails(site(liar), OriginError, "contradicts", start=5, stop=90, expect=V1)
 
 
 def test_a_range_nobody_asked_for_is_refused() -> None:

@@ -146,7 +146,7 @@ def test_a_file_replaced_by_one_of_the_same_time_and_size_is_another(file: Path)
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(file: Path) -> None:
-    async def collect(chunks: AsyncIterator[bytes]) -> list[bytes]:
+    async def collect(chunks: AsyncIterator[bytes | memoryview]) -> list[bytes | memoryview]:
         return [chunk async for chunk in chunks]
 
     def restore() -> None:
@@ -172,6 +172,7 @@ def test_no_descriptor_is_left_open(file: Path) -> None:
         info = await reader.head(source)
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(3):
+            assert await reader.head(source) == info
             async with reader.read(source, expect=info) as body:
                 await anext(body.chunks())
             with pytest.raises(OriginError):

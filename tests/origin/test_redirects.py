@@ -98,6 +98,10 @@ def test_a_redirect_to_nothing_useful_is_an_error_that_names_the_origin(location
     assert "files.example" in str(error)
 
 
+def test_a_location_of_any_length_is_not_followed() -> None:
+    fails(site(to("/" + "a" * 20_000)), OriginError, "usable Location")
+
+
 def test_a_redirect_without_location_is_an_error() -> None:
     fails(site(lambda asked: Reply(302)), OriginError, "302")
 
@@ -316,6 +320,20 @@ def test_dns_rebinding_between_two_requests_is_refused() -> None:
     web = site(lambda asked: Reply(200, {"connection": "close"}, CONTENT))
     web(act)
     assert len(web.dialled) == 1
+
+
+def test_a_name_that_changes_between_check_and_dial_is_dialled_where_it_was_checked() -> None:
+    async def rebinding(host: str, port: int) -> list[str]:
+        looked_up.append(host)
+        return ["93.184.0.1"] if len(looked_up) == 1 else ["127.0.0.1"]
+
+    looked_up: list[str] = []
+    web = Web()
+    web.serve("files.example", content_reply, address="93.184.0.1")
+    web.serve("inside", lambda asked: Reply(500), address="127.0.0.1")
+    web.resolve = rebinding  # type: ignore[method-assign]  # that is the test
+    reads(web, Source(SOURCE.url, requester="job"))
+    assert [address.host for address in web.dialled] == ["93.184.0.1"]
 
 
 # --- remembered chains --------------------------------------------------------------------------------------------
