@@ -64,9 +64,7 @@ class FileOrigin:
         fd = await trio.to_thread.run_sync(_open, path)
         try:
             info = _info(os.fstat(fd))
-            if expect is not None and (
-                info.length != expect.length or (expect.validator and info.validator != expect.validator)
-            ):
+            if expect is not None and not _is_same(info, expect):
                 raise ContentChanged(f"{_shown(path)} changed since it was first looked at")
             yield FileBody(fd, path, start, stop, info)
         finally:

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from swarm.origin.retry import OPEN_AFTER, AttemptFailed, Cause, Health, Retries
 
-FAILURE = st.builds(AttemptFailed, st.just("x"), st.sampled_from(Cause), st.one_of(st.none(), st.floats(0, 100), st.just(1e9)))
+FAILURE = st.one_of(
+    st.builds(AttemptFailed, st.just("x"), st.sampled_from(Cause)),
+    st.builds(AttemptFailed, st.just("x"), st.just(Cause.STATUS), st.one_of(st.floats(0, 100), st.just(1e9))),
+)
 
 
 @given(st.lists(st.tuples(FAILURE, st.floats(0, 20)), max_size=30), st.integers(0, 10), st.floats(0, 60), st.integers())
