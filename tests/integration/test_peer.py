@@ -696,6 +696,21 @@ def test_a_member_that_opens_ten_thousand_connections_keeps_one():
     run(main, seconds=8)  # well before the ten seconds after which each would be closed for its silence
 
 
+def test_what_follows_in_the_frame_of_a_message_that_ended_the_link_is_not_delivered():
+    async def main() -> None:
+        one, two = make_node(), make_node()
+        async with running(one, two):
+            link = await two.connect(one)
+            await until(lambda: one.service.ups)
+            one.service.on_message = lambda link, message: link.drop("enough")
+            link.post(wire.Ask(TASK))
+            link.post(wire.Leave(TASK))
+            await until(lambda: one.service.downs)
+            assert one.service.messages == [(two.id, wire.Ask(TASK))]
+
+    run(main)
+
+
 def test_bytes_the_service_refuses_cost_the_peer_its_link():
     async def main() -> None:
         one, two = make_node(CONTENT), make_node()
@@ -805,6 +820,23 @@ def freeze(node: Node, link: Link) -> None:
     """Stop a link's node from hearing and answering, without closing anything."""
     link._connection.receive_frame = lambda frame_untrusted, now: []  # type: ignore[method-assign]
     link.tick = lambda now: float("inf")  # type: ignore[method-assign]
+
+
+def test_a_ping_is_answered_at_once():
+    async def main(clock: trio.testing.MockClock) -> None:
+        one, two = make_node(), make_node()
+        async with running(one):
+            _, control, received = await raw_link(two, one)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(control.read)
+                await control.connect()
+                await control.send(wire.encode_frame([two.hub.make_hello(bytes(32)), wire.Ping(7)]))
+                await spin(lambda: any(wire.Pong(7) in wire.decode_frame(frame) for frame in received))
+                await control.aclose()
+                nursery.cancel_scope.cancel()
+        os.close(two.service.fd)
+
+    run_by_hand(main)
 
 
 def test_an_idle_link_stays_up_for_hours():
