@@ -12,11 +12,14 @@ from simulations.clock import run
 from simulations.datagrams import DatagramNetwork
 from simulations.membership import SimulatedMembership
 from swarm.dht import state
-from swarm.dht.node import DhtNode, Search, split_host_port
+from swarm.dht.addresses import pack
+from swarm.dht.node import MAX_MEMBERS, DhtNode, Search, _missing, _Page, split_host_port
+from swarm.dht.records import NEAREST, sign_provider
+from swarm.dht.routing import Contact
 from swarm.dht.rpc import K
-from swarm.edges import Address
+from swarm.edges import Address, DatagramTransport, State
 from swarm.errors import ConfigError
-from tests.dht.net import address, network
+from tests.dht.net import WALL, address, network
 
 
 def test_twenty_nodes_that_join_one_find_one_another_within_seconds() -> None:
@@ -253,6 +256,84 @@ def test_join_entries_are_host_and_port(text: str, expected: tuple[str, int]) ->
 def test_other_join_entries_are_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match=r"7400|brackets"):
         split_host_port(text)
+
+
+class Listening:
+    """A transport that notes where datagrams go."""
+
+    def __init__(self, transport: DatagramTransport) -> None:
+        self.inner = transport
+        self.destinations: set[Address] = set()
+
+    @property
+    def local_address(self) -> Address:
+        return self.inner.local_address
+
+    async def send(self, data: bytes, address: Address) -> None:
+        self.destinations.add(address)
+        await self.inner.send(data, address)
+
+    async def receive(self) -> tuple[bytes, Address]:
+        return await self.inner.receive()
+
+
+def test_a_liar_cannot_aim_our_datagrams_at_ourselves_or_at_other_services() -> None:
+    async def main() -> None:
+        async with network() as net:
+            nodes = await net.add(2)
+            await trio.sleep(1.0)
+            victims = [
+                Address("127.0.0.1", 7400),
+                Address("8.8.8.8", 53),
+                Address("169.254.169.254", 8080),
+                Address("::1", 7400),
+            ]
+            bait = [*victims, Address("8.8.4.4", 7400)]
+            named = [(bytes([number]) * 20, pack(each)) for number, each in enumerate(bait)]
+            nodes[0].dht.engine._contacts_for = lambda target, room, address: (named, room)  # type: ignore[method-assign]
+            transport = nodes[1].dht._transport = Listening(nodes[1].dht._transport)
+            await nodes[1].dht.find_nodes(bytes(20))
+            assert transport.destinations == {address(0), Address("8.8.4.4", 7400)}
+
+    run(main, 1)
+
+
+def test_members_a_liar_makes_up_are_not_taken_for_members() -> None:
+    """Records of another key, expired ones, forged ones, and more good ones than anybody needs."""
+
+    async def main() -> None:
+        async with network() as net:
+            nodes = await net.add(2)
+            await trio.sleep(1.0)
+            key, now = bytes(20), int(WALL + trio.current_time())
+
+            def made(number: int, key: bytes = key, issued: int = now) -> bytes:
+                signer = SimulatedMembership.draw(random.Random(100 + number))
+                return sign_provider(signer, key, ["9.9.9.9"], 7400, State.WANTS, 1, issued)
+
+            lies = [made(0, key=b"x" * 20), made(1, issued=now - 700), made(2, issued=now + 400), made(3)[:-1] + b"x"]
+            lies[3] = lies[3] if lies[3] != made(3) else made(3)[:-1] + b"y"
+            nodes[0].dht.engine.store.page = lambda *asked, **without: (lies, 0, 4)  # type: ignore[method-assign]
+            search = Search(key)
+            await nodes[1].dht.collect(search)
+            assert search.members == {}
+            many = [made(number) for number in range(MAX_MEMBERS + 20)]
+            nodes[1].dht._take_records(search, many, len(many))
+            assert len(search.members) == MAX_MEMBERS
+
+    run(main, 1)
+
+
+def test_pages_of_a_storer_that_knows_far_fewer_do_not_count_as_read() -> None:
+    near, far = Contact(b"n" * 20, address(1)), Contact(b"f" * 20, address(2))
+    search = Search(bytes(20), count=20)
+    search.pages = [_Page(far.id, 0, NEAREST, 3), _Page(near.id, 6, 12, 20)]
+    assert _missing(search, [near, far]) == [(0, 6), (12, 18), (18, 20)]
+    search.pages.append(_Page(near.id, 0, 6, 20))
+    search.pages.append(_Page(far.id, 12, NEAREST, 19))
+    assert _missing(search, [near, far]) == []
+    assert _missing(search, [near]) == [(12, 18), (18, 20)]
+    assert _missing(Search(bytes(20)), [near]) == []
 
 
 def test_a_silent_network_sends_next_to_nothing() -> None:
