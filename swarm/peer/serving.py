@@ -36,10 +36,10 @@ MAX_SIGNERS: Final = 4096
 SEND_CHUNK_BYTES: Final = 1024 * 1024
 """Offered to `sendfile` at once; how much it takes is up to the low-water mark."""
 
-MIN_UNSENT_BYTES: Final = 128 * 1024
+MIN_UNSENT_BYTES: Final = 256 * 1024
 MAX_UNSENT_BYTES: Final = 1024 * 1024
-UNSENT_SECONDS: Final = 0.02
-"""What may wait unsent in the kernel (`TCP_NOTSENT_LOWAT`): 20 ms at the rate seen, so that a transfer that "ended" nearly has,
+UNSENT_SECONDS: Final = 0.04
+"""What may wait unsent in the kernel (`TCP_NOTSENT_LOWAT`): 40 ms at the rate seen, so that a transfer that "ended" nearly has,
 and one upload at a time is real; within bounds, since each wake-up costs CPU."""
 
 DRAIN_POLL_SECONDS: Final = 0.05

@@ -25,7 +25,7 @@ from swarm.edges import NodeId, UploadSource
 MAX_SLOTS: Final = 8
 """Transfers at a time when every one is blocked: eight stalled peers must not leave the uplink idle, eighty would thrash."""
 
-STALL_SECONDS: Final = 0.05
+STALL_SECONDS: Final = 0.2
 """Without progress for so long a transfer does not fill the uplink, and another may start beside it."""
 
 MAX_REQUESTS_PER_CHANNEL: Final = 256
