@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from swarm import wire
 from swarm.edges import Membership
-from swarm.errors import IntegrityError, RemoteProtocolError
+from swarm.errors import ConfigError, IntegrityError, RemoteProtocolError
 from swarm.task import Digest, Geometry
 
 DIGEST_BYTES: Final = 32
@@ -49,7 +49,7 @@ def seal(membership: Membership, task_id: bytes, geometry: Geometry, content: Di
 
 
 def check_seal(membership: Membership, signed: wire.Signed, task_id: bytes, geometry: Geometry) -> wire.SealBody:
-    """What a member sealed for this task and geometry.
+    """What a member sealed for this task and geometry; its `content_digest` is well formed.
 
     Raises:
         IntegrityError, NotAMember, RemoteProtocolError: As `check_proof`.
@@ -57,6 +57,10 @@ def check_seal(membership: Membership, signed: wire.Signed, task_id: bytes, geom
     body = membership.verify("seal", signed, wire.SealBody)
     if (body.task, body.length, body.piece_length) != (task_id, geometry.length, geometry.piece_length):
         raise IntegrityError("a seal for another task was offered")
+    try:
+        Digest.parse(body.content_digest)
+    except ConfigError as error:
+        raise RemoteProtocolError("a seal over something that is not a digest") from error
     return body
 
 

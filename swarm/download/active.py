@@ -26,9 +26,9 @@ from swarm.edges import (
     StoredTask,
 )
 from swarm.errors import NotPermitted, OriginError, SwarmError
-from swarm.task import Geometry, Task
+from swarm.task import Geometry, Task, blob_task
 
-GATHER_SECONDS = 0.005
+GATHER_SECONDS = 0.01
 """A burst of messages and pieces is gathered so long before the exchange decides: waking for each is what costs a busy node."""
 
 GREETED_LINKS = 32
@@ -118,6 +118,9 @@ class Active:
         seals: Who sealed the task, and what.
         banned: Public keys of members that vouched for wrong bytes of this task.
         strict: Only the origin is believed.
+        repairing: It was complete, and pieces that rotted since are being fetched again.
+        closed: We have left the task; nothing of it may be written or served any more.
+        last_asked: When a peer last joined or asked for a piece.
         whole_content: Everything is wanted, not only a range.
     """
 
@@ -151,6 +154,10 @@ class Active:
     nursery: trio.Nursery | None = None
     finishing: bool = False
     strict: bool = False
+    repairing: bool = False
+    closed: bool = False
+    last_asked: float = 0.0
+    disputes: int = 0
     origin_error: OriginError | NotPermitted | None = None
     last_byte: float = 0.0
     whole_content: bool = True
@@ -158,6 +165,16 @@ class Active:
     @property
     def geometry(self) -> Geometry:
         return self.stored.geometry
+
+    @property
+    def downloading(self) -> bool:
+        """Whether pieces are still to come, for the first time or again."""
+        return not self.done.is_set() or self.repairing
+
+    @property
+    def is_blob(self) -> bool:
+        """Whether the task id itself names the content."""
+        return self.task.digest is not None and blob_task(self.task.digest).id == self.task.id
 
     def touch(self) -> None:
         """Something changed: the driver is to decide anew."""

@@ -15,10 +15,13 @@ from swarm.download.active import Active, Parts
 from swarm.download.bans import Bans
 from swarm.download.origin_reads import OriginReads
 from swarm.edges import NodeId, PeerLink
-from swarm.errors import DigestMismatch
+from swarm.errors import DigestMismatch, IntegrityError
 from swarm.task import Digest
 
 log = structlog.get_logger(__name__)
+
+MAX_DISPUTES = 16
+"""Rounds of settling differences in one download: each bans a liar, unless the origin itself sends now this, now that."""
 
 FetchTable = Callable[[Active, NodeId, bytes], Awaitable[list[bytes] | None]]
 """Fetches a sealer's table of piece digests that matches this root."""
@@ -39,6 +42,7 @@ class Blame:
         self._ban(link.node_id)
         active.exchange.peer_left(link.node_id, trio.current_time())
         active.touch()
+        link.drop(reason)
 
     def _signer(self, active: Active, public_key: bytes) -> None:
         """This member vouched for wrong bytes."""
@@ -62,6 +66,8 @@ class Blame:
         `False`: pieces of ours were wrong, and were dropped.
         """
         for node_id, (sealer, body) in list(active.seals.items()):
+            if sealer in active.banned:
+                continue
             theirs = Digest.parse(body.content_digest)
             if theirs == digest or theirs.algorithm != digest.algorithm or active.source is None:
                 continue
@@ -81,9 +87,15 @@ class Blame:
                 wrong = [piece for piece in different if active.signers.get(piece) == signer]
                 if signer is not None and signer != self._parts.membership.public_key:
                     self._signer(active, signer)
-                self._drop(active, wrong)
+                self._dispute(active, wrong)
                 return False
         return True
+
+    def _dispute(self, active: Active, wrong: list[int]) -> None:
+        active.disputes += 1
+        if active.disputes > MAX_DISPUTES:
+            raise IntegrityError("members and the origin contradict one another without end; name the content with --digest")
+        self._drop(active, wrong)
 
     async def find_liars(self, active: Active, digest: Digest) -> None:
         """The content digest does not match: read one piece per signer from the origin, drop what liars vouched for.
@@ -95,8 +107,9 @@ class Blame:
         by_signer = self._vouched_by_others(active)
         if not by_signer or active.source is None:
             active.stored.drop_pieces(range(active.geometry.piece_count))
+            culprit = "the origin has" if not by_signer else "members of the swarm sent"
             raise DigestMismatch(
-                f"the content is {digest}, not {active.task.digest}: the origin has other content than was asked for"
+                f"the content is {digest}, not {active.task.digest}: {culprit} other content than was asked for"
             )
         wrong: list[int] = []
         if not active.strict:

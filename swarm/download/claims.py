@@ -21,6 +21,9 @@ NodeId = bytes
 WHOLE = -1
 """The piece number that claims the content as a whole."""
 
+MAX_HISTORY = 16384
+"""Pairs of owner and piece whose claims are remembered for a task: 64 owners of 256 pieces."""
+
 
 def score(node_id: NodeId, task_id: bytes, piece: int) -> int:
     """The rendezvous weight of a node for a piece; the highest reads it."""
@@ -29,48 +32,51 @@ def score(node_id: NodeId, task_id: bytes, piece: int) -> int:
 
 
 class Rendezvous:
-    """Which candidate each piece falls to, recomputed only when the candidates change."""
+    """Which candidate each piece falls to.
 
-    def __init__(self, task_id: bytes, piece_count: int) -> None:
+    Worked out piece by piece when asked for, and remembered until the candidates change: content of many pieces must not
+    cost a hash for each piece and candidate whenever a member comes or goes.
+    """
+
+    def __init__(self, task_id: bytes) -> None:
         self._task_id = task_id
-        self._piece_count = piece_count
-        self._scores: dict[NodeId, list[int]] = {}
         self._candidates: tuple[NodeId, ...] = ()
-        self._owners: list[NodeId] = []
+        self._owners: dict[int, NodeId] = {}
 
     def score(self, node_id: NodeId, piece: int) -> int:
-        if piece == WHOLE:
-            return score(node_id, self._task_id, WHOLE)
-        return self._scores_of(node_id)[piece]
+        return score(node_id, self._task_id, piece)
 
-    def owners(self, candidates: Sequence[NodeId]) -> list[NodeId]:
-        """Owner of each piece among `candidates` (not empty)."""
-        key = tuple(candidates)
-        if key != self._candidates:
-            self._candidates = key
-            columns = [self._scores_of(node_id) for node_id in key]
-            self._owners = [
-                key[max(range(len(key)), key=lambda column: columns[column][piece])] for piece in range(self._piece_count)
-            ]
-            # A peer may come and go for ever; only the present candidates' scores are worth their memory.
-            self._scores = {node_id: column for node_id, column in self._scores.items() if node_id in key}
-        return self._owners
+    def elect(self, candidates: Sequence[NodeId]) -> None:
+        """From here on pieces fall to these."""
+        chosen = tuple(candidates)
+        if chosen != self._candidates:
+            self._candidates = chosen
+            self._owners.clear()
 
-    def _scores_of(self, node_id: NodeId) -> list[int]:
-        scores = self._scores.get(node_id)
-        if scores is None:
-            scores = [score(node_id, self._task_id, piece) for piece in range(self._piece_count)]
-            self._scores[node_id] = scores
-        return scores
+    def owner(self, piece: int) -> NodeId:
+        """Who reads `piece` (or `WHOLE`); there must be a candidate."""
+        owner = self._owners.get(piece)
+        if owner is None:
+            owner = self._owners[piece] = max(self._candidates, key=lambda node_id: score(node_id, self._task_id, piece))
+        return owner
 
 
 @dataclass(slots=True)
 class Claim:
+    """A live claim: `renewals` counts how often its owner said so again."""
+
     owner: NodeId
     since: float
     expires: float
-    seq: int
     renewals: int = 0
+
+
+@dataclass(slots=True)
+class _History:
+    """What one owner claimed of one piece: the last number, and how often anew without ever having it."""
+
+    seq: int
+    attempts: int = 0
 
 
 class ClaimBook:
@@ -84,7 +90,7 @@ class ClaimBook:
         self._claims: dict[int, Claim] = {}
         self._strikes: dict[NodeId, int] = {}
         self._read_times: dict[NodeId, float] = {}
-        self._seqs: dict[tuple[NodeId, int], int] = {}
+        self._history: dict[tuple[NodeId, int], _History] = {}
 
     def __len__(self) -> int:
         return len(self._claims)
@@ -110,28 +116,43 @@ class ClaimBook:
         Returns:
             Whether it was new; an old one, one of a struck-out owner, or one too many is ignored.
         """
-        if self.struck_out(owner) or seq <= self._seqs.get((owner, piece), -1):
+        history = self._history.get((owner, piece))
+        if self.struck_out(owner) or (history is not None and seq <= history.seq):
             return False
-        self._seqs[owner, piece] = seq
+        if history is None:
+            history = self._remember(owner, piece)
+        history.seq = seq
+        expires = now + lease + self._policy.lease_slack
         present = self._claims.get(piece)
-        renewals = 0
         if present is not None and present.owner == owner:
-            renewals = present.renewals + 1
-            if renewals > self._policy.lease_renewals:
+            if present.renewals >= self._policy.lease_renewals:
                 return False
-        elif sum(claim.owner == owner for claim in self._claims.values()) >= self._policy.claims_per_owner:
-            return False
-        elif present is not None and not wins:
+            present.renewals += 1
+            present.expires = expires
             return True
-        since = now if present is None or present.owner != owner else present.since
-        self._claims[piece] = Claim(owner, since, now + lease + self._policy.lease_slack, seq, renewals)
+        if history.attempts >= self._policy.claim_attempts or self._count(owner) >= self._policy.claims_per_owner:
+            return False
+        if present is not None and not wins:
+            return True
+        history.attempts += 1
+        self._claims[piece] = Claim(owner, now, expires)
         return True
+
+    def _count(self, owner: NodeId) -> int:
+        return sum(claim.owner == owner for claim in self._claims.values())
+
+    def _remember(self, owner: NodeId, piece: int) -> _History:
+        # The oldest are forgotten: all they could do is come once more.
+        while len(self._history) >= MAX_HISTORY:
+            del self._history[next(iter(self._history))]
+        history = self._history[owner, piece] = _History(-1)
+        return history
 
     def delivered(self, owner: NodeId, piece: int, now: float) -> None:
         """`owner` says it has `piece`: its claim is done.  Anybody else's claim on it is kept: that one may be alone alive."""
-        whole = self._claims.get(WHOLE)
-        if whole is not None and whole.owner == owner:
-            whole.renewals = 0
+        history = self._history.get((owner, piece))
+        if history is not None:
+            history.attempts = 0
         claim = self._claims.get(piece)
         if claim is None or claim.owner != owner:
             return
@@ -139,6 +160,12 @@ class ClaimBook:
         took = now - claim.since
         before = self._read_times.get(owner)
         self._read_times[owner] = took if before is None else 0.7 * before + 0.3 * took
+
+    def progressed(self, owner: NodeId) -> None:
+        """`owner` has a piece it did not have before: if it reads the whole, it may go on."""
+        whole = self._claims.get(WHOLE)
+        if whole is not None and whole.owner == owner:
+            whole.renewals = 0
 
     def held(self, piece: int) -> None:
         """We hold and verified the piece ourselves; a claim on it says nothing any more and is no reason for a strike."""

@@ -19,10 +19,16 @@ from swarm import pieces, wire
 from swarm.download.claims import WHOLE, ClaimBook, Rendezvous, slow
 from swarm.download.picker import Neighbour, Requests, choose_requests
 from swarm.download.policy import Policy
+from swarm.errors import RemoteProtocolError
 from swarm.task import Geometry
 
 NodeId = bytes
 INFINITY = float("inf")
+
+LOSSES_PER_PIECE = 4
+LOSSES_AT_LEAST = 64
+"""Pieces a neighbour may withdraw: each a few times, as when liars are found out; who has and has not a piece without end
+makes us ask for it without end."""
 
 
 class Why(enum.StrEnum):
@@ -145,7 +151,7 @@ class Exchange:
         self._distance = int.from_bytes(me, "big") ^ self._key
         self._sign_claim = sign_claim
         self._rng = rng
-        self._rendezvous = Rendezvous(task_id, geometry.piece_count)
+        self._rendezvous = Rendezvous(task_id)
         self._actions: list[Action] = []
         self._fresh: list[int] = []
         self._flush_at = INFINITY
@@ -163,6 +169,8 @@ class Exchange:
         self._fetched_before = False
         self._origin_paused_until = -INFINITY
         self._disputed: set[int] = set()
+        self._candidates: list[NodeId] = []
+        self._candidates_until = -INFINITY
 
     # --- what is known ---------------------------------------------------------------------------------------
 
@@ -254,6 +262,7 @@ class Exchange:
             known = Neighbour(node_id, self.distance(node_id), pieces.none(count), last_spread=now)
             self.neighbours[node_id] = known
             self._introduce(known)
+        self._candidates_until = -INFINITY
         known.reads_origin = join.reads
         known.complete = join.complete
         self._replace_held(known, held, now)
@@ -263,6 +272,7 @@ class Exchange:
         neighbour = self.neighbours.pop(node_id, None)
         if neighbour is None:
             return
+        self._candidates_until = -INFINITY
         for piece in [*neighbour.queued, *neighbour.arriving]:
             self.requests.ended(neighbour, piece)
         for piece in pieces.indices(neighbour.held):
@@ -275,7 +285,9 @@ class Exchange:
             return
         for piece in told:
             if piece < len(self.counts):
-                self._note_held(neighbour, piece, now)
+                if not neighbour.held[piece]:
+                    self._note_held(neighbour, piece, now)
+                    self.claims.progressed(node_id)
                 self.claims.delivered(node_id, piece, now)
         self._note_complete(neighbour)
 
@@ -286,11 +298,20 @@ class Exchange:
             self.peer_has(node_id, list(pieces.indices(~neighbour.held)), now)
             neighbour.complete = True
 
-    def peer_lost(self, node_id: NodeId, told: Iterable[int]) -> None:
+    def peer_lost(self, node_id: NodeId, told: Sequence[int]) -> None:
+        """It withdraws pieces.
+
+        Raises:
+            RemoteProtocolError: It has lost more than can rot: it keeps us busy.
+        """
         neighbour = self.neighbours.get(node_id)
         if neighbour is None:
             return
+        neighbour.lost += len(told)
+        if neighbour.lost > LOSSES_PER_PIECE * len(self.counts) + LOSSES_AT_LEAST:
+            raise RemoteProtocolError("it has and has not the same pieces again and again")
         neighbour.complete = False
+        self._candidates_until = -INFINITY
         for piece in told:
             if piece < len(self.counts) and neighbour.held[piece]:
                 neighbour.held[piece] = False
@@ -380,6 +401,7 @@ class Exchange:
         self.requests.ended(neighbour, piece)
         if gone or status == wire.CANCELLED:
             return
+        self._candidates_until = -INFINITY
         if status == wire.NOT_HELD and neighbour.held[piece]:
             neighbour.held[piece] = False
             neighbour.complete = False
@@ -433,6 +455,12 @@ class Exchange:
         """Narrow or widen what is wanted (a range read), and say which pieces a reader waits for, in order."""
         self.wanted = wanted
         self.first = list(first)
+
+    def allow_origin(self, sign_claim: Callable[[int, float], wire.Signed], now: float) -> None:
+        """From here on the origin may be read."""
+        self._sign_claim = sign_claim
+        self._candidates_until = -INFINITY
+        self._last_progress = now
 
     def dispute(self, disputed: Iterable[int]) -> None:
         """Read these from the origin ourselves, whoever says he has them."""
@@ -497,6 +525,7 @@ class Exchange:
     def _note_complete(self, neighbour: Neighbour) -> None:
         if not neighbour.complete and neighbour.held.all():
             neighbour.complete = True
+            self._candidates_until = -INFINITY
 
     def _count_down(self, piece: int) -> None:
         self.counts[piece] -= 1
@@ -540,6 +569,7 @@ class Exchange:
             before = set(self.claims.pieces())
             self.claims.expire(now)
             self._expired.update(before - set(self.claims.pieces()))
+            self._candidates_until = -INFINITY
 
     # telling
 
@@ -548,7 +578,7 @@ class Exchange:
             return
         self._fresh.append(piece)
         rare = self.counts[piece] <= self.policy.have_rare
-        self._flush_at = min(self._flush_at, now if rare else now + self.policy.have_batch)
+        self._flush_at = min(self._flush_at, now if rare else now + self.policy.have_batch_of(self.geometry))
 
     def _flush(self, now: float) -> None:
         if self._flush_at <= now:
@@ -603,12 +633,19 @@ class Exchange:
         if self._disputed:
             self._read_disputed(now)
             return
-        candidates = self.candidates()
+        candidates = self._candidates_now(now)
         if self.ranges is False:
             self._choose_whole(candidates, now)
         elif self.me in candidates:
             self._choose_pieces(candidates, now)
         self._no_progress(now)
+
+    def _candidates_now(self, now: float) -> list[NodeId]:
+        """`candidates`, worked out again when members came, went or became complete, and otherwise twice a second."""
+        if now >= self._candidates_until:
+            self._candidates = self.candidates()
+            self._candidates_until = now + self.policy.tick
+        return self._candidates
 
     def _choose_pieces(self, candidates: list[NodeId], now: float) -> None:
         alone = not self.neighbours
@@ -621,10 +658,10 @@ class Exchange:
         for piece in (*self.requests.arriving, *self.reading, *self.claims.pieces()):
             if piece != WHOLE:
                 free[piece] = False
-        owners = self._rendezvous.owners(candidates)
+        self._rendezvous.elect(candidates)
         started: list[int] = []
         while len(self.reading) < streams and free.any():
-            mine = self._first_own(free, owners)
+            mine = self._first_own(free)
             if mine is not None:
                 why = Why.ALONE if alone else Why.LEASE if mine in self._expired else Why.RENDEZVOUS
             elif self.geometry.piece_count > 1 and not self.reading and self._fetched_before:
@@ -639,12 +676,12 @@ class Exchange:
         elif not self.reading and not free.any():
             self._unstick(now)
 
-    def _first_own(self, free: pieces.PieceSet, owners: Sequence[NodeId]) -> int | None:
+    def _first_own(self, free: pieces.PieceSet) -> int | None:
         """Our lowest free piece (or the most urgent one): in order, so that readers and the content digest follow closely."""
         for piece in self.first:
-            if free[piece] and owners[piece] == self.me:
+            if free[piece] and self._rendezvous.owner(piece) == self.me:
                 return piece
-        return next((piece for piece in pieces.indices(free) if owners[piece] == self.me), None)
+        return next((piece for piece in pieces.indices(free) if self._rendezvous.owner(piece) == self.me), None)
 
     def _gated(self, now: float) -> bool:
         """Backlog gate: what nobody else has yet would be lost with us, and the uplink cannot keep up anyway.
@@ -660,7 +697,8 @@ class Exchange:
         missing = self.missing()
         if not (missing & ~self.held_anywhere()).any():
             return
-        if max(candidates, key=lambda node_id: self._rendezvous.score(node_id, WHOLE)) == self.me:
+        self._rendezvous.elect(candidates)
+        if self._rendezvous.owner(WHOLE) == self.me:
             self._begin(WHOLE, Why.STREAM, now)
             self._claim([WHOLE])
 
@@ -680,14 +718,15 @@ class Exchange:
 
     def _no_progress(self, now: float) -> None:
         """Availability depends on nobody's honesty: after a while without a byte, read one piece ourselves."""
-        if self.reading:
+        waited = now - self._last_progress
+        if self.reading or waited < self.policy.progress_after(self.geometry):
             return
-        rank = sorted([*(n.distance for n in self.neighbours.values()), self._distance]).index(self._distance)
+        rank = sum(n.distance < self._distance and n.reads_origin and not n.complete for n in self.neighbours.values())
         patience = max(self.policy.progress_after(self.geometry) * self._patience, 3 * self._piece_time)
         if len(self.claims):
             # Somebody promised to read; wait for it, but not for one promise after another.
             patience += 2 * self.policy.first_lease(self.geometry)
-        if now - self._last_progress < patience + self.policy.progress_stagger * rank:
+        if waited < patience + self.policy.progress_stagger * rank:
             return
         missing = self.missing()
         for piece in self.requests.arriving:

@@ -15,7 +15,7 @@ from swarm.errors import PeerError
 
 log = structlog.get_logger(__name__)
 
-FIND_AGAIN = (1.0, 3.0, 10.0, 30.0)
+FIND_AGAIN = (1.0, 5.0, 15.0, 30.0)
 """Seconds between searches for more members while a download runs; the last repeats."""
 
 DIAL_PATIENCE = 0.15
@@ -56,7 +56,7 @@ class Meeting:
             interval = next(intervals, interval)
             with trio.move_on_after(interval):
                 await active.done.wait()
-            if not active.done.is_set() and len(active.exchange.neighbours) < self._parts.policy.mesh:
+            if not active.done.is_set() and len(active.exchange.neighbours) < self._parts.policy.neighbours:
                 await self.connect_to(active, await self._parts.discovery.find(active.task.id))
 
     async def _first_answers(self, active: Active) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from random import Random
+from typing import TypeVar
 
 from swarm.download.policy import Policy
 from swarm.edges import NodeId, Provider
@@ -11,6 +12,8 @@ from swarm.identity import node_id_of
 
 MAX_KNOWN = 512
 """Members remembered per task; the nearest and the most recent suffice to find the others."""
+
+Value = TypeVar("Value")
 
 MAX_SEEN_CLAIMS = 8192
 MAX_FAILURES = 3
@@ -44,6 +47,8 @@ class Members:
 
     def failed(self, node_id: NodeId) -> None:
         """A dial failed; after a few it is no longer tried."""
+        if node_id not in self._failures:
+            _bound(self._failures, MAX_KNOWN)
         self._failures[node_id] = self._failures.get(node_id, 0) + 1
 
     def to_dial(self, linked: set[NodeId]) -> list[Provider]:
@@ -80,33 +85,30 @@ class Members:
         return [provider.record for provider in chosen]
 
     def claim_seen(self, signature: bytes) -> bool:
-        """Whether this very claim came before; notes it.  Spares a signature check for each further relay."""
-        if signature in self._seen_claims:
-            return True
-        if len(self._seen_claims) >= MAX_SEEN_CLAIMS:
-            del self._seen_claims[next(iter(self._seen_claims))]
-        self._seen_claims[signature] = None
-        return False
+        """Whether this very claim came, and was checked, before.  Spares a signature check for each further relay."""
+        return signature in self._seen_claims
 
-    def forget_claim(self, signature: bytes) -> None:
-        self._seen_claims.pop(signature, None)
+    def note_claim(self, signature: bytes) -> None:
+        """A claim was checked.  Not before: a bad one with a good one's signature would keep the good one out."""
+        _bound(self._seen_claims, MAX_SEEN_CLAIMS)
+        self._seen_claims[signature] = None
 
     def knows(self, node_id: NodeId) -> bool:
         return node_id in self._known
-
-    def remember_key(self, node_id: NodeId, public_key: bytes) -> None:
-        self._ids[public_key] = node_id
-
-    def key_of(self, node_id: NodeId) -> bytes:
-        """The public key behind an id that was met before; empty if it was not."""
-        return next((key for key, known in self._ids.items() if known == node_id), b"")
 
     def id_of(self, public_key: bytes) -> NodeId:
         """`node_id_of`, remembered."""
         node_id = self._ids.get(public_key)
         if node_id is None:
+            _bound(self._ids, MAX_KNOWN)
             node_id = self._ids[public_key] = node_id_of(public_key)
         return node_id
 
     def _distance(self, node_id: NodeId) -> int:
         return int.from_bytes(node_id, "big") ^ self._key
+
+
+def _bound(table: dict[bytes, Value], most: int) -> None:
+    """Make room for one more; the oldest goes."""
+    while len(table) >= most:
+        del table[next(iter(table))]

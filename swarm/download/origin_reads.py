@@ -48,7 +48,8 @@ class OriginReads:
         finally:
             if active.reads.get(piece) is scope:
                 del active.reads[piece]
-            if piece == WHOLE:
+            if piece not in active.reads:
+                # Also where a read of one piece became one of everything: whoever reads next must not wait for it.
                 active.exchange.whole_read_done()
             active.touch()
 
@@ -89,10 +90,16 @@ class OriginReads:
         geometry = active.geometry
         first = next(pieces.indices(active.exchange.missing()), 0)
         start = geometry.offset(first) if active.info is not None and active.info.ranges else 0
-        async with self._parts.origin.read(source_of(active), start, None, expect=active.info) as body:
-            await self._take_all(active, body.chunks(), PieceCutter(geometry, body.start))
-        if not active.exchange.complete:
-            raise OriginUnreachable("the origin sent less than it announced")
+        for attempt in range(ORIGIN_ATTEMPTS):
+            try:
+                async with self._parts.origin.read(source_of(active), start, None, expect=active.info) as body:
+                    await self._take_all(active, body.chunks(), PieceCutter(geometry, body.start))
+                if active.exchange.complete:
+                    return
+            except OriginUnreachable:
+                if attempt + 1 == ORIGIN_ATTEMPTS:
+                    raise
+        raise OriginUnreachable("the origin sent less than it announced")
 
     async def _take_all(self, active: Active, chunks: AsyncIterator[bytes | memoryview], cutter: PieceCutter) -> None:
         begun = trio.current_time()
@@ -103,6 +110,8 @@ class OriginReads:
 
     def piece_read(self, active: Active, piece: int, data: memoryview, digest: bytes, took: float) -> None:
         """A whole piece came from the origin: prove it, write it, tell."""
+        if active.closed:
+            return
         parts = self._parts
         reading = active.exchange.reading.get(piece) or active.exchange.reading.get(WHOLE)
         self._count(active, len(data), reading.why if reading is not None else None)

@@ -29,6 +29,7 @@ class Neighbour:
         arriving: Pieces it is sending us.
         untold: Pieces we hold that it was not told of, because it holds them too.
         last_spread: When a piece it had alone was last seen elsewhere.
+        lost: How many pieces it has withdrawn so far.
     """
 
     node_id: NodeId
@@ -42,6 +43,7 @@ class Neighbour:
     paused_until: float = 0.0
     failures: int = 0
     last_spread: float = 0.0
+    lost: int = 0
 
 
 @dataclass(slots=True)

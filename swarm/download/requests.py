@@ -121,7 +121,7 @@ class PeerRequests:
         try:
             pending.expected = self._vouched(active, pending.piece, started.proof, started.certificate)
         except NotAMember:
-            # The signer was revoked or ran out, and the sender may not know yet: its bytes are passed over, without blame.
+            # The signer lied or was revoked, and the sender may not know yet: its bytes are passed over, without blame.
             return True
         except (IntegrityError, RemoteProtocolError) as error:
             self._blame.sender(active, link, str(error))
@@ -138,26 +138,27 @@ class PeerRequests:
         if certificate_untrusted:
             membership.learn(certificate_untrusted)
         if proof.key in active.banned:
-            raise IntegrityError("vouched for by a member that lied")
+            raise NotAMember("vouched for by a member that lied")
         return proofs.check_proof(membership, proof, active.task.id, active.geometry, piece)
 
     def piece_received(self, link: PeerLink, request_id: int, digest: bytes, data: memoryview) -> None:
         pending = self._pending.pop((link.node_id, request_id), None)
         if pending is None:
             return
+        active = pending.active
         if pending.answered is not None:
             if digest == pending.expected:
                 pending.table = bytes(data)
+            else:
+                self._blame.sender(active, link, "a table that does not match its seal")
             pending.answered.set()
             return
-        active = pending.active
         active.traffic.setdefault(link.node_id, Traffic()).received += len(data)
         active.request_ids.pop((link.node_id, pending.piece), None)
         if pending.expected is None:
             active.exchange.piece_failed(link.node_id, pending.piece, trio.current_time(), status=wire.NOT_HELD)
         elif digest != pending.expected:
             self._blame.sender(active, link, "bytes that do not match the proof sent with them")
-            link.drop("bytes do not match their proof")
         else:
             self._keep(link, pending, digest, data)
         active.touch()
@@ -166,7 +167,7 @@ class PeerRequests:
         """Verified bytes: write them, unless they come too late."""
         active, piece, now = pending.active, pending.piece, trio.current_time()
         totals = self._parts.totals
-        if active.done.is_set() or active.exchange.held[piece]:
+        if active.closed or active.exchange.held[piece]:
             totals.pieces_wasted += 1
             active.exchange.piece_failed(link.node_id, piece, now, status=wire.CANCELLED, gone=True)
             return
@@ -188,6 +189,9 @@ class PeerRequests:
         if pending is None:
             return
         active = pending.active
+        if pending.answered is not None:
+            pending.answered.set()
+            return
         active.request_ids.pop((link.node_id, pending.piece), None)
         active.exchange.piece_failed(link.node_id, pending.piece, trio.current_time(), status=status, gone=pending.cancelled)
         active.touch()

@@ -39,7 +39,7 @@ from swarm.download.policy import Policy
 from swarm.download.request import Fetched, FetchRequest, Progress, TaskActivity
 from swarm.download.requests import PeerRequests
 from swarm.download.serving import Serving
-from swarm.download.unknown_length import Lobbies, Spool
+from swarm.download.unknown_length import Lobbies, Lobby, Spool
 from swarm.edges import (
     Discovery,
     Membership,
@@ -61,6 +61,7 @@ from swarm.errors import (
     IntegrityError,
     Interrupted,
     LocalProtocolError,
+    NoSpace,
     NotAMember,
     NotPermitted,
     OriginUnreachable,
@@ -74,7 +75,10 @@ from swarm.task import Digest, Geometry, Task, blob_task, url_task
 log = structlog.get_logger(__name__)
 
 IDLE_SECONDS = 60.0
-"""A complete task nobody joined for so long is closed, so that it may be evicted."""
+"""A complete task nobody asked for so long is closed, so that it may be evicted."""
+
+COMPANY_SECONDS = 600.0
+"""The same while a neighbour still lacks pieces: it may be waiting for its turn elsewhere, but must not hold us for ever."""
 
 MAX_SEEDED_AT_ONCE = 4096
 """Tasks served at once; each holds a descriptor."""
@@ -83,6 +87,10 @@ SPOOL_CHUNK_BYTES = 1024 * 1024
 
 GIVE_UP_AFTER = 15.0
 """Seconds without any progress after which a download that cannot read its origin fails."""
+
+OPEN_HEADERS = frozenset({"accept", "accept-encoding", "accept-language", "cache-control", "pragma", "user-agent"})
+"""What everybody may send.  Any other header may open what is closed to others (`Authorization`, `Cookie`, `PRIVATE-TOKEN`,
+`X-Registry-Auth`, ...) or change the content."""
 
 
 class DownloadService:
@@ -215,13 +223,8 @@ class DownloadService:
         return self._fetched(active, begun), self._open_again(active)
 
     def _may_share(self, request: FetchRequest) -> bool:
-        """Content fetched with credentials stays here, unless its requester says otherwise."""
-        if request.share or request.source is None:
-            return True
-        url = request.source.url
-        secret = any(name.lower() in ("authorization", "cookie", "proxy-authorization") for name, _ in request.source.headers)
-        userinfo = "@" in url.split("://", 1)[-1].split("/", 1)[0]
-        return not (secret or userinfo or url.startswith("file:"))
+        """Content that needed credentials stays here, unless its requester says otherwise, and never enters an open network."""
+        return not _is_secret(request) or (request.share and not self._parts.membership.is_open)
 
     async def _identify(self, request: FetchRequest) -> tuple[Task, OriginInfo]:
         if request.source is None:
@@ -298,6 +301,7 @@ class DownloadService:
             if active is not None and not (active.done.is_set() and active.error is not None):
                 if not active.done.is_set() or active.stored.complete:
                     self._widen(active)
+                    self._lend(active, info, request)
                     return active
                 # A seeding exchange whose content rotted: start anew on what is left.
                 self._close(active)
@@ -318,20 +322,21 @@ class DownloadService:
             raise Interrupted("the daemon is stopping")
         source = None if request.no_origin else request.source
         found: list[Provider] = []
-        geometry: Geometry | None = None
+        lobby = Lobby()
         try:
             if info is None:
-                info, geometry, found = await self._lobbies.find_geometry(task, source)
-            if info is not None and info.length is not None:
-                geometry = Geometry.of(info.length)
+                info, lobby, found = await self._lobbies.find_geometry(task, source)
+            geometry = lobby.geometry if info is None or info.length is None else Geometry.of(info.length)
             if geometry is not None:
                 active = await self._open_new(task, geometry, source, info, request)
             elif source is None or info is None:
                 raise LocalProtocolError("neither a geometry nor an origin")
             else:
-                active = await self._read_unknown_length(task, source, info, request)
+                active, others = await self._read_unknown_length(task, source, info, request)
+                lobby.guests |= others.guests
         except BaseException:
             # It may have been announced already; nobody is to come for what we do not even want any more.
+            self._lobbies.dismiss(task.id, lobby)
             if task.shared:
                 nursery.start_soon(self._parts.discovery.withdraw, task.id)
             raise
@@ -339,19 +344,45 @@ class DownloadService:
             self._narrow(active, request.byte_range)
         self._active[task.id] = active
         nursery.start_soon(self._run_active, active, found)
+        for node_id in lobby.guests:
+            link = self._parts.link(node_id)
+            if link is not None:
+                self._meeting.greet(active, link)
         return active
 
     async def _open_new(
         self, task: Task, geometry: Geometry, source: Source | None, info: OriginInfo | None, request: FetchRequest
     ) -> Active:
-        stored = await self._parts.store.create(
-            task, geometry, private=not task.shared, tag=request.tag, application=request.application
-        )
+        stored = await self._create(task, geometry, request)
         active = self._make_active(task, stored, source, info)
         active.from_local = sum(geometry.size(piece) for piece in pieces.indices(stored.held))
         return active
 
-    async def _read_unknown_length(self, task: Task, source: Source, info: OriginInfo, request: FetchRequest) -> Active:
+    async def _create(self, task: Task, geometry: Geometry, request: FetchRequest) -> StoredTask:
+        create = partial(
+            self._parts.store.create, task, geometry,
+            private=not task.shared or _is_secret(request), tag=request.tag, application=request.application,
+        )  # fmt: skip
+        try:
+            return await create()
+        except NoSpace:
+            # What is only kept open in case somebody asks is in use, and so not evicted: it gives way.
+            idle = [active for active in self._active.values() if not active.downloading and not _has_company(active)]
+            for active in idle:
+                self._close(active)
+            if not idle:
+                raise
+            return await create()
+
+    def release(self, task_id: bytes) -> None:
+        """Stop serving a complete task, so that it is no longer in use; a running download goes on."""
+        active = self._active.get(task_id)
+        if active is not None and not active.downloading:
+            self._close(active)
+
+    async def _read_unknown_length(
+        self, task: Task, source: Source, info: OriginInfo, request: FetchRequest
+    ) -> tuple[Active, Lobby]:
         """Wait for a member that knows the length, or read all of it and find out; then it is a task like any other."""
         spool = Spool(self._parts.spool_dir)
         try:
@@ -366,11 +397,7 @@ class DownloadService:
                     raise
         finally:
             spool.close()
-        for node_id in lobby.asked:
-            link = self._parts.link(node_id)
-            if link is not None:
-                self._meeting.greet(active, link)
-        return active
+        return active, lobby
 
     async def _cut(self, active: Active, spool: Spool) -> None:
         """Cut what was read whole into pieces."""
@@ -396,6 +423,21 @@ class DownloadService:
             active.whole_content = True
             active.exchange.want(pieces.full(active.geometry.piece_count))
             active.touch()
+
+    def _lend(self, active: Active, info: OriginInfo | None, request: FetchRequest) -> None:
+        """A download that may not read the origin is joined by a requester who may."""
+        if active.source is not None or request.source is None or request.no_origin or active.done.is_set():
+            return
+        if active.shared and not self._may_share(request):
+            return  # what this requester's credentials open is not for everybody
+        now = trio.current_time()
+        active.source, active.info, active.last_byte = request.source, info or active.info, now
+        active.exchange.allow_origin(partial(self._parts.sign_claim, active.task.id, active.geometry), now)
+        for node_id in active.exchange.neighbours:
+            link = self._parts.link(node_id)
+            if link is not None:
+                link.post(active.join_message(reply=False))
+        active.touch()
 
     def _make_active(self, task: Task, stored: StoredTask, source: Source | None, info: OriginInfo | None) -> Active:
         now = trio.current_time()
@@ -424,32 +466,36 @@ class DownloadService:
 
     async def _run_active(self, active: Active, found: list[Provider] | None) -> None:
         """Everything that goes on for one task; `found` is `None` where we only serve it."""
+        if active.closed:
+            return  # whoever asked for it went away before this began
         async with trio.open_nursery() as nursery:
             active.nursery = nursery
             if found is not None:
                 nursery.start_soon(self._meeting.seek, active, found)
             await self._drive(active, nursery)
             nursery.cancel_scope.cancel()
+        still_in = self._active.get(active.task.id) is active
+        leaves = still_in and active.shared and (active.stored.private or not active.stored.complete)
         self._close(active)
+        if leaves:
+            # Part of it, or what only this download was allowed to share: nobody gets it from us any more.
+            await self._parts.discovery.withdraw(active.task.id)
 
     async def _drive(self, active: Active, nursery: trio.Nursery) -> None:
         """Carry out what the exchange decides, until nobody needs the task any more."""
         exchange = active.exchange
-        idle_since = trio.current_time()
         while True:
             now = trio.current_time()
             exchange.tick(now)
             for action in exchange.take_actions():
                 self._act(active, action, nursery)
-            if not active.done.is_set():
+            if active.downloading:
                 if exchange.complete and not active.finishing:
                     active.finishing = True
                     nursery.start_soon(self._finish, active)
                 else:
                     self._give_up_if_hopeless(active, now)
-            if exchange.neighbours or not active.done.is_set():
-                idle_since = now
-            elif now - idle_since >= IDLE_SECONDS:
+            elif self._is_idle(active, now):
                 return
             await self._sleep(active, min(exchange.next_deadline(), now + IDLE_SECONDS))
 
@@ -460,6 +506,11 @@ class DownloadService:
         with trio.CancelScope(deadline=until) as active.timer:
             await trio.sleep_forever()
         active.touched = False
+
+    @staticmethod
+    def _is_idle(active: Active, now: float) -> bool:
+        patience = COMPANY_SECONDS if _has_company(active) else IDLE_SECONDS
+        return now - max(active.finished, active.last_asked) >= patience
 
     def _give_up_if_hopeless(self, active: Active, now: float) -> None:
         """A download whose origin cannot be read and whose peers bring nothing ends in the origin's error."""
@@ -501,12 +552,21 @@ class DownloadService:
                 active.finishing = False
                 active.touch()
                 return
-            active.finished = trio.current_time()
-            active.done.set()
-            if active.shared and active.stored.complete:
-                await self._parts.discovery.announce(active.task.id, State.COMPLETE)
+        except StoreError as error:
+            if active.exchange.complete:
+                self._fail(active, error)
+            else:
+                active.finishing = False  # pieces of an earlier run had rotted, and are fetched again
+                active.touch()
+            return
         except SwarmError as error:
             self._fail(active, error)
+            return
+        active.finished = trio.current_time()
+        active.repairing = False
+        active.done.set()
+        if active.shared and active.stored.complete:
+            await self._parts.discovery.announce(active.task.id, State.COMPLETE)
 
     async def _completed(self, active: Active) -> bool:
         """Check the whole content and seal it; `False` if some of it was wrong and is to be fetched anew."""
@@ -533,7 +593,7 @@ class DownloadService:
 
     def _fail(self, active: Active, error: SwarmError) -> None:
         """End the download; verified pieces stay in the store for the next attempt."""
-        if active.done.is_set():
+        if active.closed or not active.downloading:
             return
         active.error = error
         active.done.set()
@@ -543,6 +603,9 @@ class DownloadService:
 
     def _close(self, active: Active) -> None:
         """Leave the task: links stay, the store entry is no longer in use."""
+        if active.closed:
+            return
+        active.closed = True
         if self._active.get(active.task.id) is active:
             del self._active[active.task.id]
         if active.nursery is not None:
@@ -558,9 +621,15 @@ class DownloadService:
             active.done.set()
 
     def _pieces_lost(self, active: Active, lost: list[int]) -> None:
-        """The store found rotten pieces."""
-        active.exchange.piece_lost(lost, trio.current_time())
+        """The store found rotten pieces: withdraw them, and fetch them again."""
+        now = trio.current_time()
+        active.exchange.piece_lost(lost, now)
         active.touch()
+        if active.downloading or active.exchange.complete:
+            return
+        active.repairing, active.finishing, active.last_byte = True, False, now
+        if active.nursery is not None:
+            active.nursery.start_soon(self._meeting.seek, active, [])
 
     async def _evicting(self, task_id: bytes) -> None:
         active = self._active.get(task_id)
@@ -584,6 +653,7 @@ class DownloadService:
         now = trio.current_time()
         gone = link.node_id
         self._requests.link_down(gone)
+        self._lobbies.link_down(gone)
         for active in self._active.values():
             active.greeted.discard(gone)
             active.answered(gone)
@@ -602,11 +672,17 @@ class DownloadService:
                 return
         active = self._active.get(message.task)
         if active is None:
-            if isinstance(message, wire.Claims):
-                self._lobbies.somebody_reads(message)
+            match message:
+                case wire.Claims():
+                    self._lobbies.somebody_reads(message)
+                case wire.Leave():
+                    self._lobbies.left(link.node_id, message.task)
             return
         now = trio.current_time()
         node_id = link.node_id
+        if node_id not in active.exchange.neighbours and not isinstance(message, wire.Leave):
+            # It did not join, or may not: a claim on content we fetch for ourselves alone, say, would only hold it up.
+            return
         match message:
             case wire.Have(_, told):
                 active.exchange.peer_has(node_id, told, now)
@@ -620,6 +696,7 @@ class DownloadService:
                 active.exchange.unclaimed(node_id, told)
             case wire.Leave():
                 active.answered(node_id)
+                active.seals.pop(node_id, None)
                 active.exchange.peer_left(node_id, now)
             case wire.Peers(_, records):
                 self._meeting.introduced(active, records)
@@ -628,12 +705,11 @@ class DownloadService:
         active.touch()
 
     def _asked(self, link: PeerLink, task_id: bytes) -> None:
-        self._lobbies.asked(link.node_id, task_id)
         active = self._open(task_id)
-        if active is None or not active.shared:
-            link.post(wire.Leave(task_id))
-        else:
+        if active is not None and active.shared:
             link.post(active.join_message(reply=False))
+        elif not self._lobbies.asked(link.node_id, task_id):
+            link.post(wire.Leave(task_id))
 
     def _joined(self, link: PeerLink, join: wire.Join) -> None:
         self._lobbies.joined(join)
@@ -646,6 +722,9 @@ class DownloadService:
             link.post(wire.Leave(join.task))
             active.answered(link.node_id)
             return
+        if self._meeting.is_banned(link.node_id):
+            raise RemoteProtocolError("banned")
+        active.last_asked = trio.current_time()
         newcomer = link.node_id not in active.exchange.neighbours
         active.exchange.peer_joined(link.node_id, join, trio.current_time())
         active.greeted.add(link.node_id)
@@ -667,11 +746,10 @@ class DownloadService:
             try:
                 body = self._parts.membership.verify("claim", signed, wire.ClaimBody)
             except NotAMember:
-                # Relayed from somebody we have not met; it counts when it comes again after we have.
-                active.members.forget_claim(signed.signature)
-                continue
+                continue  # relayed from somebody we have not met; it counts when it comes again after we have
             except IntegrityError as error:
                 raise RemoteProtocolError("a claim with a bad signature") from error
+            active.members.note_claim(signed.signature)
             geometry = active.geometry
             if (body.task, body.length, body.piece_length) != (active.task.id, geometry.length, geometry.piece_length):
                 continue
@@ -688,6 +766,10 @@ class DownloadService:
             raise RemoteProtocolError(f"a bad seal: {error}") from error
         if seal.key != link.public_key:
             raise RemoteProtocolError("a seal of somebody else was offered")
+        known = active.task.digest
+        sealed = Digest.parse(body.content_digest)
+        if known is not None and sealed != known and sealed.algorithm == known.algorithm and active.is_blob:
+            raise RemoteProtocolError("a seal over other content than the task names")
         active.seals[link.node_id] = seal.key, body
         active.exchange.peer_complete(link.node_id, trio.current_time())
 
@@ -759,3 +841,17 @@ class DownloadService:
             active.from_peers,
             {str(why): count for why, count in active.exchange.why_origin.items()},
         )
+
+
+def _is_secret(request: FetchRequest) -> bool:
+    """Whether its requester gave credentials, or what only this machine has."""
+    if request.source is None:
+        return False
+    url = request.source.url
+    userinfo = "@" in url.split("://", 1)[-1].split("/", 1)[0]
+    return userinfo or url.startswith("file:") or any(name.lower() not in OPEN_HEADERS for name, _ in request.source.headers)
+
+
+def _has_company(active: Active) -> bool:
+    """Whether a neighbour may still come for pieces."""
+    return any(not neighbour.complete for neighbour in active.exchange.neighbours.values())

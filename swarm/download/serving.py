@@ -26,6 +26,7 @@ class Serving:
         active = self._open(request.task)
         if active is None:
             return wire.NOT_HELD
+        active.last_asked = trio.current_time()
         stored = active.stored
         if not active.shared or (stored.private and (not encrypted or self._parts.membership.is_open)):
             return wire.REFUSED

@@ -35,13 +35,31 @@ class Lobby:
 
     heard: trio.Event = field(default_factory=trio.Event)
     geometry: Geometry | None = None
-    asked: set[NodeId] = field(default_factory=set)
+    guests: set[NodeId] = field(default_factory=set)
     """Who asked us meanwhile, or was asked: they are told when the geometry is known."""
+    awaiting: set[NodeId] = field(default_factory=set)
+    """Who was asked, and has neither answered nor gone."""
+    hopeless: bool = False
+    """We cannot find out by ourselves, so nobody is to wait for us."""
+    looked: bool = False
+    """Every member we know of was asked."""
+    changed: trio.Event = field(default_factory=trio.Event)
     quiet_since: float = 0.0
 
     def meet(self, node_id: NodeId) -> None:
-        if len(self.asked) < MAX_LOBBY:
-            self.asked.add(node_id)
+        if len(self.guests) < MAX_LOBBY:
+            self.guests.add(node_id)
+
+    def gone(self, node_id: NodeId) -> None:
+        """It does not know either, or went away."""
+        self.awaiting.discard(node_id)
+        self.changed.set()
+
+    async def wait_for_members(self) -> None:
+        """Until the geometry is known, or nobody is left who might tell it."""
+        while self.geometry is None and (self.awaiting or not self.looked):
+            self.changed = trio.Event()
+            await self.changed.wait()
 
 
 class Lobbies:
@@ -55,15 +73,13 @@ class Lobbies:
     def __len__(self) -> int:
         return len(self._lobbies)
 
-    async def find_geometry(
-        self, task: Task, source: Source | None
-    ) -> tuple[OriginInfo | None, Geometry | None, list[Provider]]:
+    async def find_geometry(self, task: Task, source: Source | None) -> tuple[OriginInfo | None, Lobby, list[Provider]]:
         """Ask the origin and the members for the length of a blob at the same time; the origin's word counts.
 
         Raises:
             OriginError, NotPermitted: The origin failed and no member knows the task.
         """
-        lobby = self._lobbies.setdefault(task.id, Lobby())
+        lobby = self._lobbies[task.id] = Lobby(hopeless=source is None)
         found: list[Provider] = []
         info: OriginInfo | None = None
         failure: OriginError | NotPermitted | None = None
@@ -76,17 +92,27 @@ class Lobbies:
                         info = await self._parts.origin.head(source)
                     except (OriginError, NotPermitted) as error:
                         failure = error
-                if info is None:
-                    with trio.move_on_after(GEOMETRY_PATIENCE if task.shared else 0):
-                        await lobby.heard.wait()
+                        lobby.hopeless = True
+                        self.dismiss(task.id, lobby)
+                if info is None and task.shared:
+                    with trio.move_on_after(GEOMETRY_PATIENCE):
+                        await lobby.wait_for_members()
                 nursery.cancel_scope.cancel()
         finally:
             del self._lobbies[task.id]
         if info is None and lobby.geometry is None:
+            self.dismiss(task.id, lobby)
             raise failure or OriginUnreachable(
                 f"no member of the swarm has {task.digest}, and there is no origin to read; give its URL, or wait for a holder"
             )
-        return info, lobby.geometry, found
+        return info, lobby, found
+
+    def dismiss(self, task_id: bytes, lobby: Lobby) -> None:
+        """Tell who waits for us not to."""
+        for node_id in lobby.guests:
+            link = self._parts.link(node_id)
+            if link is not None:
+                link.post(wire.Leave(task_id))
 
     async def read(self, task: Task, source: Source, info: OriginInfo, spool: Spool) -> Lobby:
         """Content of unknown length: one member reads it whole, then it is a task like any other; the rest wait for its `Join`.
@@ -100,20 +126,32 @@ class Lobbies:
         Raises:
             OriginError, NotPermitted, NoSpace: It could not be read.
         """
-        lobby = self._lobbies.setdefault(task.id, Lobby())
+        lobby = self._lobbies[task.id] = Lobby()
         try:
             if task.shared:
                 await self._wait_for_a_reader(task, lobby)
             if lobby.geometry is None:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._claim_whole, task, lobby)
-                    async with self._parts.origin.read(source, 0, None, expect=info) as body:
-                        async for chunk in body.chunks():
-                            spool.write(chunk)
-                    nursery.cancel_scope.cancel()
+                await self._read_all(task, source, info, spool, lobby)
+        except BaseException:
+            self.dismiss(task.id, lobby)
+            raise
         finally:
             del self._lobbies[task.id]
         return lobby
+
+    async def _read_all(self, task: Task, source: Source, info: OriginInfo, spool: Spool, lobby: Lobby) -> None:
+        failure: OriginError | NotPermitted | NoSpace | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._claim_whole, task, lobby)
+            try:
+                async with self._parts.origin.read(source, 0, None, expect=info) as body:
+                    async for chunk in body.chunks():
+                        spool.write(chunk)
+            except (OriginError, NotPermitted, NoSpace) as error:
+                failure = error  # raised outside, or the nursery would wrap it in a group
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     async def _wait_for_a_reader(self, task: Task, lobby: Lobby) -> None:
         """Return when the geometry is known, or when it is our turn to read."""
@@ -140,6 +178,8 @@ class Lobbies:
         async with trio.open_nursery() as dials:
             for provider in found[: self._parts.policy.neighbours]:
                 dials.start_soon(self._dial_and_ask, task_id, lobby, provider)
+        lobby.looked = True
+        lobby.changed.set()
 
     async def _dial_and_ask(self, task_id: bytes, lobby: Lobby, provider: Provider) -> None:
         link = await self._meeting.dial(provider)
@@ -149,6 +189,7 @@ class Lobbies:
     @staticmethod
     def _ask(task_id: bytes, lobby: Lobby, link: PeerLink) -> None:
         lobby.meet(link.node_id)
+        lobby.awaiting.add(link.node_id)
         link.post(wire.Ask(task_id))
 
     async def _claim_whole(self, task: Task, lobby: Lobby) -> None:
@@ -156,7 +197,7 @@ class Lobbies:
         nothing = Geometry(0, MIN_PIECE_BYTES)
         while True:
             claim = self._parts.sign_claim(task.id, nothing, WHOLE, 2 * CLAIM_WHOLE_EVERY)
-            for node_id in lobby.asked:
+            for node_id in lobby.guests:
                 link = self._parts.link(node_id)
                 if link is not None:
                     link.post(wire.Claims(task.id, [claim]))
@@ -164,11 +205,23 @@ class Lobbies:
 
     # --- what members say -----------------------------------------------------------------------------------------
 
-    def asked(self, node_id: NodeId, task_id: bytes) -> None:
-        """A member asks for a task: if we wait for its geometry ourselves, it is told later."""
+    def asked(self, node_id: NodeId, task_id: bytes) -> bool:
+        """A member asks for a task whose geometry we may not know ourselves.  Returns whether it is to wait for our word."""
+        lobby = self._lobbies.get(task_id)
+        if lobby is None:
+            return False
+        lobby.meet(node_id)
+        return not lobby.hopeless
+
+    def left(self, node_id: NodeId, task_id: bytes) -> None:
+        """A member does not know this task."""
         lobby = self._lobbies.get(task_id)
         if lobby is not None:
-            lobby.meet(node_id)
+            lobby.gone(node_id)
+
+    def link_down(self, node_id: NodeId) -> None:
+        for lobby in self._lobbies.values():
+            lobby.gone(node_id)
 
     def joined(self, join: wire.Join) -> None:
         """A member told the geometry of a task.
@@ -180,6 +233,7 @@ class Lobbies:
         if lobby is not None and lobby.geometry is None:
             lobby.geometry = _checked_geometry(join)
             lobby.heard.set()
+            lobby.changed.set()
 
     def somebody_reads(self, message: wire.Claims) -> None:
         """A member claims the whole of a task we wait for."""
