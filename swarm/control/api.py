@@ -235,13 +235,12 @@ class _Conversation:
                 raise ConfigError(f"the daemon does not know the request {other!r}; is it older than this command?")
 
     async def _fetch(self, request: dict[str, Any]) -> None:
-        wait = _Wait(self._node, fetch_request(request))
+        wait = _Wait(self._node, fetch_request(request), progress=bool(request.get("progress")))
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(wait.run)
                 async for progress in wait.progress():  # one writer: a line cut by a cancellation would garble the next
-                    if request.get("progress"):
-                        await self._send_if_there({"progress": progress_view(progress)})
+                    await self._send_if_there({"progress": progress_view(progress)})
             fetched, content = wait.outcome()
             descriptor = content.open_read_only()
             try:
@@ -264,9 +263,10 @@ class _Conversation:
 class _Wait:
     """One fetch that a client waits for: the newest progress while it runs, then how it ended."""
 
-    def __init__(self, node: Node, request: FetchRequest) -> None:
+    def __init__(self, node: Node, request: FetchRequest, *, progress: bool) -> None:
         self._node = node
         self._request = request
+        self._wanted = progress
         self._latest: Progress | None = None
         self._news = trio.Event()
         self._done = trio.Event()
@@ -275,7 +275,7 @@ class _Wait:
 
     async def run(self) -> None:
         try:
-            self._result = await self._node.fetch(self._request, self._tell)
+            self._result = await self._node.fetch(self._request, self._tell if self._wanted else None)
         except SwarmError as error:
             self._error = error
         finally:
