@@ -2,8 +2,7 @@
 
 trio-websocket does the opening and closing handshakes, pings and close codes.  Data frames are parsed here, in the place
 wsproto has for it, for two reasons: wsproto collects fragments without a bound (500,000 one-byte fragments hold 28 MB;
-SECURITY: F5), and frames parsed by hand and delivered without a queue cost less than half the CPU (`docs/decisions` has
-the figures).
+SECURITY: F5), and frames parsed by hand and delivered without a queue cost much less CPU (docs/decisions/peers.md).
 """
 
 from __future__ import annotations
