@@ -24,10 +24,10 @@ from swarm.download.policy import Policy
 from swarm.download.request import Fetched, FetchRequest
 from swarm.download.service import DownloadService
 from swarm.edges import Address, Body, Discovery, NodeId, OriginInfo, PeerLink, Served, Source, Started
-from swarm.errors import NotAMember, PeerError, SwarmError
+from swarm.errors import NotAMember, PeerError, RemoteProtocolError, SwarmError
 from swarm.identity import Identity, verify
 from swarm.peer.upload import Channel, Transfer, Uploader
-from swarm.store.memory import MemoryStore
+from swarm.store.memory import MemoryStore, digest_of_digests
 from swarm.task import Digest, Geometry
 
 MBIT = 1_000_000 / 8
@@ -45,6 +45,9 @@ class Shape:
     origin_rate: float
     node_rate: float
     arrival: float = 0.05
+    """All arrive within so long, at random."""
+    apart: float = 0.0
+    """Seconds from each arrival to the next, for nodes that come one by one."""
     seed: int = 1
     slow: dict[int, float] = field(default_factory=dict)
     """Node number -> factor its links are slower by."""
@@ -62,6 +65,10 @@ class Content:
     def piece(self, number: int) -> memoryview:
         start = self.geometry.offset(number)
         return memoryview(self.bytes)[start : start + self.geometry.size(number)]
+
+    def digest_of(self, digests: Sequence[bytes], algorithm: str) -> Digest:
+        """What a store without bytes takes for the content digest: the right one if every piece is right."""
+        return self.digest if list(digests) == self.digests else digest_of_digests(digests, algorithm)
 
 
 class SimulatedMembership:
@@ -139,7 +146,8 @@ class Link:
             self.near.world.events.after(0.0 if urgent else 0.05, self._depart)
 
     def _depart(self) -> None:
-        frame, self.outbox = self.outbox, []
+        posted, self.outbox = self.outbox, []
+        frame = [said for message in posted for said in self.near.says(message)]
         self.near.world.count_frame(frame)
         self.near.world.events.after(self.latency, lambda: self._arrive(frame))
 
@@ -147,8 +155,12 @@ class Link:
         other = self.other
         if other is None or not other.up or not other.near.alive:
             return
-        for message in frame:
-            other.near.service.message_received(other, message)
+        try:
+            for message in frame:
+                other.near.service.message_received(other, message)
+        except RemoteProtocolError as error:
+            other.near.violations.append(str(error))
+            self.near.world.disconnect(other, str(error))
 
     def request(
         self,
@@ -189,15 +201,37 @@ class Node:
         self.node_id = self.identity.node_id
         self.address = Address(f"10.0.{number // 250}.{number % 250 + 1}", 7400)
         self.membership = SimulatedMembership(self.identity)
+        self.content = world.content
         self.uplink = Uplink(world.events, rate)
         self.downlink = Downlink(world.events, rate)
         self.alive = True
         self.by_peer: dict[NodeId, Link] = {}
+        self.when_killed: list[Callable[[], None]] = []
+        self.violations: list[str] = []
+        """What others did that made this node close the connection."""
         self.scope = trio.CancelScope()
-        self.store = MemoryStore(keep_bytes=False, content_digest=lambda *_: world.content.digest)
+        self.store = MemoryStore(keep_bytes=False, content_digest=world.content.digest_of)
         self.service: DownloadService
         self.uploader: Uploader
         self._wake_at = float("inf")
+
+    # What a node that does not keep to the protocol may do otherwise.
+
+    def request_to_make(self) -> FetchRequest:
+        """What it fetches."""
+        return FetchRequest(Source(URL))
+
+    def says(self, message: wire.TaskMessage) -> Sequence[wire.TaskMessage]:
+        """What it sends where the service would send `message`."""
+        return (message,)
+
+    def sends(self, served: Served) -> tuple[bytes, memoryview]:
+        """BLAKE3 of the bytes it sends in answer to a request, and the bytes."""
+        if isinstance(served.body, bytes):
+            return blake3(served.body).digest(), memoryview(served.body)
+        assert served.proof is not None
+        body = wire.decode(served.proof.body, wire.ProofBody)
+        return body.blake3, self.content.piece(body.piece)
 
     def build(self, discovery: Discovery) -> None:
         rng = Random(self.world.rng.getrandbits(64))
@@ -266,7 +300,7 @@ class Node:
 
         def end() -> None:
             receiver.flows.pop(request.id, None)
-            self.world.received(receiver, request)
+            self.world.received(receiver, request, *self.sends(served))
 
         flow = Flow(
             blocks_of(request.length), receiver.near.downlink, receiver.latency, lambda _size: None, end, sent, departed
@@ -304,7 +338,7 @@ class SimulatedOrigin:
         flow = Flow(blocks_of(end - start), self._node.downlink, latency, send.send_nowait, send.close)
         world.origin_uplink.start(flow)
         try:
-            yield OriginReading(world, start, receive)
+            yield OriginReading(self._node.content, start, receive)
         finally:
             flow.cancelled = True
             send.close()
@@ -313,18 +347,18 @@ class SimulatedOrigin:
 
 @dataclass(slots=True)
 class OriginReading:
-    world: World
+    content: Content
     start: int
     blocks: trio.MemoryReceiveChannel[int]
 
     @property
     def length(self) -> int | None:
-        return self.world.shape.length
+        return len(self.content.bytes)
 
     async def chunks(self) -> AsyncIterator[memoryview]:
         position = self.start
         async for size in self.blocks:
-            yield memoryview(self.world.content.bytes)[position : position + size]
+            yield memoryview(self.content.bytes)[position : position + size]
             position += size
 
 
@@ -358,7 +392,9 @@ class Outcome:
 class World:
     """Hosts, their connections and the origin."""
 
-    def __init__(self, shape: Shape, *, policy: Policy | None = None) -> None:
+    def __init__(self, shape: Shape, *, policy: Policy | None = None, kinds: dict[int, type[Node]] | None = None) -> None:
+        """`kinds`: number -> class of the nodes that behave otherwise."""
+        kinds = kinds or {}
         self.shape = shape
         self.policy = policy or Policy()
         self.rng = Random(shape.seed)
@@ -369,7 +405,7 @@ class World:
         self.frames = 0
         self.frame_bytes = 0
         self.nodes = [
-            Node(self, number, self.rng.randbytes(32), shape.node_rate / shape.slow.get(number, 1.0))
+            kinds.get(number, Node)(self, number, self.rng.randbytes(32), shape.node_rate / shape.slow.get(number, 1.0))
             for number in range(shape.nodes)
         ]
         self.by_id = {node.node_id: node for node in self.nodes}
@@ -423,6 +459,8 @@ class World:
         node.alive = False
         node.uplink.up = False
         node.scope.cancel()
+        for killed in node.when_killed:
+            killed()
         for link in list(node.by_peer.values()):
             if link.other is not None:
                 end = link.other
@@ -434,10 +472,9 @@ class World:
             if not receiver.near.service.piece_started(receiver, started):
                 self.disconnect(receiver, "refused")
 
-    def received(self, receiver: Link, request: wire.Request) -> None:
+    def received(self, receiver: Link, request: wire.Request, digest: bytes, data: memoryview) -> None:
         if receiver.up and receiver.near.alive:
-            digest = self.content.digests[request.piece]
-            receiver.near.service.piece_received(receiver, request.id, digest, self.content.piece(request.piece))
+            receiver.near.service.piece_received(receiver, request.id, digest, data)
 
     async def run(
         self,
@@ -466,7 +503,7 @@ class World:
             with trio.move_on_after(seconds):
                 async with trio.open_nursery() as fetches:
                     for node in self.nodes:
-                        delay = self.rng.uniform(0, self.shape.arrival)
+                        delay = node.number * self.shape.apart + self.rng.uniform(0, self.shape.arrival)
                         fetches.start_soon(self._fetch, node, delay, done, errors)
             nursery.cancel_scope.cancel()
         shape = self.shape
@@ -499,7 +536,7 @@ class World:
         if not node.alive:
             return
         try:
-            fetched, stored = await node.service.fetch(FetchRequest(Source(URL)))
+            fetched, stored = await node.service.fetch(node.request_to_make())
         except SwarmError as error:
             if node.alive:
                 errors.append(f"{node.number}: {error}")

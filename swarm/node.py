@@ -235,6 +235,7 @@ class Node:
 
     async def remove(self, name: str) -> dict[str, Any]:
         entry = find_entry(self._store.entries(), name)
+        self._swarm.service.release(entry.task.id)
         await self._store.remove(entry.task.id)
         self._finished.pop(entry.task.id, None)
         return {"task": entry.task.id.hex(), "removed": True}
