@@ -114,9 +114,10 @@ def test_what_was_announced_alone_is_announced_again_when_the_network_appears() 
             early = await net.start(net.make(1))
             assert await early.announcer.announce(TASK, State.COMPLETE) == []
             await net.start(net.make(0))
-            third = await net.start(net.make(2))
+            others = [await net.start(net.make(number)) for number in range(2, 12)]
             await trio.sleep(45.0)
-            assert ids_of(await third.announcer.find(TASK)) == net.ids([early])
+            assert ids_of(await others[5].announcer.find(TASK)) == net.ids([early])
+            assert await holders(net, early.membership.task_key(TASK)) >= 8
 
     run(main, 1)
 
@@ -397,6 +398,22 @@ def test_a_restarted_node_is_believed_over_what_it_said_before(tmp_path: Path) -
             old.scope.cancel()
             await trio.sleep(1.0)
             again = await net.start(net.make(3, state=tmp_path, ahead=-100.0))
+            await again.announcer.announce(TASK, State.COMPLETE)
+            (found,) = await nodes[1].announcer.find(TASK)
+            assert found.state is State.COMPLETE
+
+    run(main, 1)
+
+
+def test_a_restarted_node_that_lost_its_state_is_believed_over_what_it_said_before() -> None:
+    async def main() -> None:
+        async with network() as net:
+            nodes = await net.add(3)
+            old = await net.start(net.make(3))
+            await old.announcer.announce(TASK, State.WANTS)
+            old.scope.cancel()
+            await trio.sleep(1.0)
+            again = await net.start(net.make(3))
             await again.announcer.announce(TASK, State.COMPLETE)
             (found,) = await nodes[1].announcer.find(TASK)
             assert found.state is State.COMPLETE

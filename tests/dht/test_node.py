@@ -119,6 +119,26 @@ def test_a_name_that_takes_for_ever_to_resolve_holds_up_no_other() -> None:
     run(main, 1)
 
 
+def test_a_name_server_that_hangs_once_is_asked_again() -> None:
+    async def main() -> None:
+        async with network() as net:
+            asked = 0
+
+            async def resolve(host: str, port: int) -> list[Address]:
+                nonlocal asked
+                asked += 1
+                if asked == 1:
+                    await trio.sleep_forever()
+                return [address(0)]
+
+            await net.add(1)
+            newcomer = await net.start(net.make(5, join=["swarm.example:7400"], resolve=resolve))
+            await trio.sleep(60.0)
+            assert newcomer.dht.contacts == 1
+
+    run(main, 1)
+
+
 def test_a_lookup_among_sixty_nodes_finds_the_nearest() -> None:
     async def main() -> None:
         async with network(latency=(0.001, 0.040)) as net:
