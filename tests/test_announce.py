@@ -410,7 +410,8 @@ def test_a_restarted_node_that_lost_its_state_is_believed_over_what_it_said_befo
         async with network() as net:
             nodes = await net.add(3)
             old = await net.start(net.make(3))
-            await old.announcer.announce(TASK, State.WANTS)
+            for state in (State.WANTS, State.PARTIAL, State.WANTS):
+                await old.announcer.announce(TASK, state)
             old.scope.cancel()
             await trio.sleep(1.0)
             again = await net.start(net.make(3))
