@@ -487,13 +487,14 @@ def test_a_first_query_of_ours_is_long_enough_for_a_whole_answer() -> None:
     assert len(again.records) >= 6
 
 
-def test_a_newcomer_whose_first_answer_was_long_is_still_asked_who_it_is() -> None:
+def test_a_newcomer_is_asked_who_it_is_however_long_its_first_answer_may_be() -> None:
     net, victim = crowded()
     newcomer = member(200)
-    query = FindProviders(b"t" * 8, newcomer.node_id, b"", KEY, 0, b"")
-    padding = bytes(messages.PADDED_BYTES - messages.packed_query_bytes(query) - 2)
-    victim.receive(messages.seal(msgspec.structs.replace(query, padding=padding), newcomer), address(200), net.clock.now)
-    assert kinds([datagram for datagram, _ in victim.outgoing]) == ["Providers", "Ping"]
+    for padding in range(100, 380, 5):
+        query = FindProviders(b"t" * 8, newcomer.node_id, b"", KEY, 0, bytes(padding))
+        victim.receive(messages.seal(query, newcomer), Address(f"8.8.8.{padding // 5}", 7400), net.clock.now)
+        assert kinds([datagram for datagram, _ in victim.outgoing]) == ["Providers", "Ping"]
+        victim.outgoing.clear()
 
 
 def test_an_asker_is_not_told_its_own_address() -> None:
