@@ -468,12 +468,17 @@ class DownloadService:
         """Everything that goes on for one task; `found` is `None` where we only serve it."""
         if active.closed:
             return  # whoever asked for it went away before this began
-        async with trio.open_nursery() as nursery:
-            active.nursery = nursery
-            if found is not None:
-                nursery.start_soon(self._meeting.seek, active, found)
-            await self._drive(active, nursery)
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                active.nursery = nursery
+                if found is not None:
+                    nursery.start_soon(self._meeting.seek, active, found)
+                await self._drive(active, nursery)
+                nursery.cancel_scope.cancel()
+        except Exception:
+            # A bug of ours, perhaps woken by what a member sent: it costs this task, not the node and its other tasks.
+            log.exception("task failed", task=active.task.id)
+            self._fail(active, LocalProtocolError(f"internal error in task {active.task.short}; see the daemon's log"))
         still_in = self._active.get(active.task.id) is active
         leaves = still_in and active.shared and (active.stored.private or not active.stored.complete)
         self._close(active)
