@@ -48,6 +48,59 @@ BOUNDED: Final = (
 )
 """Modules whose numbers a peer can observe."""
 
+STATUSES: Final = ("OK", "NOT_HELD", "BUSY", "REFUSED", "CANCELLED")
+CLOSE_CODES: Final = ("GOING_AWAY", "VIOLATION", "NOT_BINARY", "TOO_BIG", "REFUSED", "DUPLICATE", "FULL")
+STORED: Final = ("STORED", "BAD_TOKEN", "OUTDATED", "FULL", "INVALID")
+CODES: Final = {"swarm.wire": STATUSES, "swarm.peer.websocket": CLOSE_CODES, "swarm.dht.messages": STORED}
+"""Numbers that are names, not bounds."""
+
+TEXTS: Final = {
+    "swarm.wire.PROTOCOL_VERSION": "Another one is refused, and named.",
+    "swarm.wire.MAX_DEPTH": "Nesting of CBOR; ours has 4. Against recursion.",
+    "swarm.wire.MAX_CHANNEL_FRAME_BYTES": "A reply with a proof and a certificate has below 5 KiB.",
+    "swarm.wire.OK": "The bytes follow.",
+    "swarm.wire.NOT_HELD": "The piece is not (or no longer) held, or nobody valid vouches for it.",
+    "swarm.wire.BUSY": "The queue is full; also what a missed deadline counts as.",
+    "swarm.wire.REFUSED": "The task is not shared with this peer, or no such bytes exist.",
+    "swarm.wire.CANCELLED": "Withdrawn by the asker before it started.",
+    "swarm.peer.websocket.GOING_AWAY": "The node stops, or needs this connection no more.",
+    "swarm.peer.websocket.VIOLATION": "The peer broke the protocol.",
+    "swarm.peer.websocket.NOT_BINARY": "A text frame.",
+    "swarm.peer.websocket.TOO_BIG": "A frame longer than `MAX_FRAME_BYTES`.",
+    "swarm.peer.connection.PING_SECONDS": "Silence after which a peer is pinged.",
+    "swarm.peer.connection.DEAD_SECONDS": "Silence after which it is dead: a host that vanished sends no FIN.",
+    "swarm.peer.connection.MAX_QUEUED_MESSAGES": "As the next one.",
+    "swarm.peer.connection.MAX_SKEW_SECONDS": "Clocks further apart are warned about.",
+    "swarm.peer.pieces_channel.TLS_RECORD": "First byte of a TLS connection, as against `S` of the magic.",
+    "swarm.peer.pieces_channel.NONCE_BYTES": "Fresh for each channel, so that an opening cannot be replayed.",
+    "swarm.dht.messages.VERSION": "First byte of a datagram.",
+    "swarm.dht.messages.MAC_BYTES": "BLAKE2b, keyed with the group secret.",
+    "swarm.dht.messages.HEADER_BYTES": "Version, epoch and MAC.",
+    "swarm.dht.messages.MAX_RECORD_BYTES": "Keeps several records in one datagram.",
+    "swarm.dht.messages.TRANSACTION_BYTES": "Unguessable, so that nobody answers in another's place.",
+    "swarm.dht.messages.TOKEN_BYTES": "Unguessable, for ten minutes.",
+    "swarm.dht.messages.MAX_CONTACTS": "Twice the k of the table.",
+    "swarm.dht.messages.MAX_RECORDS": "More than fit in a datagram.",
+    "swarm.dht.messages.STORED": "It is kept.",
+    "swarm.dht.messages.FULL": "No room: a quota of the key, the signer or the source, or the store.",
+    "swarm.dht.messages.INVALID": "Expired, from the future, or not to be kept.",
+    "swarm.dht.records.MAX_PER_KEY": "One popular task must not fill a store.",
+    "swarm.dht.records.MAX_RECORDS": "Memory; the keys farthest from the node go first.",
+    "swarm.dht.records.MAX_TOMBSTONES": "Memory of withdrawals.",
+    "swarm.dht.admission.UNPROVEN_PER_SECOND": "Datagrams to one unproven address.",
+    "swarm.dht.admission.PROVEN_PER_SECOND": "A proven address too can have its datagrams replayed at it.",
+    "swarm.dht.admission.PROOF_LIFETIME": "Addresses change hands.",
+}
+SENTENCES: Final = {
+    "Have": "I hold these pieces too now, verified.",
+    "Lost": "I no longer hold these: they rotted, or were evicted.",
+    "Leave": "I do not take part in this task (any more).",
+    "Ping": "Are you there?",
+    "Pong": "Answer to `ping`, with its nonce.",
+    "Contacts": "Answer to `FindNode`: the nearest contacts.",
+}
+"""Said here where the code says nothing."""
+
 
 def message_table(kinds: Sequence[type[msgspec.Struct]]) -> str:
     """One row for each field of each message."""
@@ -58,10 +111,17 @@ def message_table(kinds: Sequence[type[msgspec.Struct]]) -> str:
         name = f"`{info.tag}`" if isinstance(info.tag, str) and not info.array_like else f"`{kind.__name__}`"
         if isinstance(info.tag, int):
             name += f" ({info.tag})"
-        for number, field in enumerate(info.fields):
+        lines.append(f"| **{name}** | | {_sentence(kind)} |")
+        for field in info.fields:
             optional = "" if field.required else ", may be absent"
-            lines.append(f"| {name if number == 0 else ''} | `{field.encode_name}` | {_describe(field.type)}{optional} |")
+            lines.append(f"| | `{field.encode_name}` | {_describe(field.type)}{optional} |")
     return "\n".join(lines)
+
+
+def _sentence(kind: type[msgspec.Struct]) -> str:
+    """The first paragraph of the docstring, on one line."""
+    text = kind.__doc__ or SENTENCES[kind.__name__]
+    return " ".join(text.partition("\n\n")[0].split()).replace("|", "\\|")
 
 
 def _describe(kind: msgspec.inspect.Type) -> str:
@@ -115,7 +175,7 @@ def bound_table() -> str:
         module = importlib.import_module(module_name)
         for name, text in _documented(module_name):
             value = getattr(module, name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if name not in CODES.get(module_name, ()) and isinstance(value, (int, float)):
                 lines.append(f"| `{module_name.removeprefix('swarm.')}.{name}` | {value:,} | {text} |")
     return "\n".join(lines)
 
@@ -134,7 +194,7 @@ def _documented(module_name: str) -> Iterator[tuple[str, str]]:
         text = ""
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             text = " ".join(str(following.value.value).split()).replace("|", "\\|")
-        yield target.id, text
+        yield target.id, text or TEXTS.get(f"{module_name}.{target.id}", "")
 
 
 def every_error() -> list[type[SwarmError]]:
@@ -164,12 +224,12 @@ def error_table() -> str:
     return "\n".join(lines)
 
 
-def code_table(module_name: str, names: Sequence[str]) -> str:
+def code_table(module_name: str) -> str:
     """Numbers on the wire and their names."""
     module: Any = importlib.import_module(module_name)
     texts = dict(_documented(module_name))
     lines = ["| number | name | meaning |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {getattr(module, name)} | `{name}` | {texts[name]} |" for name in names)])
+    return "\n".join([*lines, *(f"| {getattr(module, name)} | `{name}` | {texts[name]} |" for name in CODES[module_name])])
 
 
 PARTS: Final[dict[str, dict[str, Callable[[], str]]]] = {
@@ -183,10 +243,9 @@ PARTS: Final[dict[str, dict[str, Callable[[], str]]]] = {
     },
     "errors.md": {
         "errors": error_table,
-        "close codes": lambda: code_table(
-            "swarm.peer.websocket", ("GOING_AWAY", "VIOLATION", "NOT_BINARY", "TOO_BIG", "REFUSED", "DUPLICATE", "FULL")
-        ),
-        "stored": lambda: code_table("swarm.dht.messages", ("STORED", "BAD_TOKEN", "OUTDATED", "FULL", "INVALID")),
+        "statuses": lambda: code_table("swarm.wire"),
+        "close codes": lambda: code_table("swarm.peer.websocket"),
+        "stored": lambda: code_table("swarm.dht.messages"),
     },
 }
 
