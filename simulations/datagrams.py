@@ -28,12 +28,14 @@ class DatagramNetwork:
     Attributes:
         latency: Least and most seconds one way; drawn anew for each datagram, so datagrams overtake one another.
         loss: Share of datagrams lost.
+        tick: Datagrams arrive on a grid of so many seconds, if not 0: fewer wake-ups for a large network.
         cut: Called with the two addresses for each datagram; `True` loses it (a partition, a dead host).
     """
 
     rng: random.Random
     latency: tuple[float, float] = (0.001, 0.040)
     loss: float = 0.0
+    tick: float = 0.0
     sent: int = 0
     sent_bytes: int = 0
     lost: int = 0
@@ -71,6 +73,8 @@ class DatagramNetwork:
             self.lost += 1
             return
         arrival = trio.current_time() + self.rng.uniform(*self.latency)
+        if self.tick:
+            arrival = math.ceil(arrival / self.tick) * self.tick
         heapq.heappush(self._flying, (arrival, next(self._serial), data, source, destination))
         if arrival < self._sleeping_until and self._wake is not None:
             self._wake.set()

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable
 
 import trio
 
+TICK = 0.001
+"""Things happen on a grid of so many seconds: waking up for each of a million events would be most of a run's cost."""
+
+
+def on_grid(time: float) -> float:
+    """The first tick not before `time`."""
+    return math.ceil(time / TICK - 1e-6) * TICK
+
 
 class Events:
-    """Calls scheduled functions in the order of their times; equal times in the order they were scheduled."""
+    """Calls scheduled functions in the order of their ticks; in one tick in the order they were scheduled."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -22,9 +31,10 @@ class Events:
         self.happened = 0
 
     def at(self, time: float, function: Callable[[], None]) -> None:
-        if not self._heap or time < self._heap[0][0]:
+        tick = on_grid(time)
+        if not self._heap or tick < self._heap[0][0]:
             self._earlier.set()
-        heapq.heappush(self._heap, (time, next(self._numbers), function))
+        heapq.heappush(self._heap, (tick, next(self._numbers), function))
 
     def after(self, seconds: float, function: Callable[[], None]) -> None:
         self.at(trio.current_time() + seconds, function)

@@ -7,6 +7,7 @@ from random import Random
 import trio
 
 from simulations.datagrams import DatagramNetwork
+from simulations.events import TICK
 from simulations.world import Node, World
 from swarm.announce import Announcer
 from swarm.dht.node import DhtNode
@@ -18,7 +19,7 @@ class Overlay:
     """Discovery for every node of a world; give `for_node` to `World.run`, and some seconds before the first fetch."""
 
     def __init__(self, world: World, *, loss: float = 0.0) -> None:
-        self.datagrams = DatagramNetwork(Random(world.rng.getrandbits(64)), latency=(0.001, 0.02), loss=loss)
+        self.datagrams = DatagramNetwork(Random(world.rng.getrandbits(64)), latency=(0.001, 0.02), loss=loss, tick=TICK)
         self._first: Node | None = None
 
     def for_node(self, node: Node, nursery: trio.Nursery) -> Announcer:

@@ -13,7 +13,7 @@ from functools import partial
 
 import trio
 
-from simulations.events import Events
+from simulations.events import TICK, Events
 
 WINDOW_BLOCKS = 4
 
@@ -72,6 +72,8 @@ class Uplink:
     up: bool = True
     _ready: deque[Flow] = field(default_factory=deque)
     _busy: bool = False
+    _free_at: float = 0.0
+    """Exactly when the last block has left: events happen on a grid, and rounding must not slow the link down."""
 
     def start(self, flow: Flow) -> None:
         self._offer(flow)
@@ -80,7 +82,9 @@ class Uplink:
         if flow.blocks and not flow.queued and flow.in_flight < WINDOW_BLOCKS and not flow.cancelled:
             flow.queued = True
             self._ready.append(flow)
-            self._send()
+            if not self._busy:
+                self._free_at = max(self._free_at, trio.current_time() - TICK)
+                self._send()
 
     def _send(self) -> None:
         while not self._busy and self._ready:
@@ -92,7 +96,8 @@ class Uplink:
             flow.in_flight += 1
             self._busy = True
             self.sent += size
-            self.events.after(size / self.rate, partial(self._gone, flow, size))
+            self._free_at += size / self.rate
+            self.events.at(self._free_at, partial(self._gone, flow, size))
             self._offer_later(flow)
 
     def _offer_later(self, flow: Flow) -> None:
