@@ -28,6 +28,7 @@ from swarm.download.service import DownloadService
 from swarm.edges import Address, State
 from swarm.egress import EgressPolicy, EgressSettings
 from swarm.errors import ConfigError, SwarmError
+from swarm.neighbourhood import Neighbourhood
 from swarm.network import Network, load, open_network
 from swarm.node import Node, Swarm
 from swarm.origin.origin import OriginReader, OriginSettings
@@ -100,6 +101,8 @@ async def run_node(
         await life.enter_async_context(running(swarm.dht.run))
         await life.enter_async_context(running(swarm.announcer.run))
         await life.enter_async_context(running(swarm.service.run))
+        neighbourhood = Neighbourhood(membership.node_id, swarm.dht.known, swarm.hub, rng=rng)
+        await life.enter_async_context(running(neighbourhood.run))
 
         node = Node(settings, membership, store, swarm, origin, face)
         control = ControlServer(node, settings.directory)
