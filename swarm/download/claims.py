@@ -10,6 +10,7 @@ Rendezvous hashing after Thaler and Ravishankar, "A Name-Based Mapping Scheme fo
 from __future__ import annotations
 
 import hashlib
+import heapq
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Rendezvous:
     def __init__(self, task_id: bytes) -> None:
         self._task_id = task_id
         self._candidates: tuple[NodeId, ...] = ()
-        self._owners: dict[int, NodeId] = {}
+        self._ranked: dict[int, list[NodeId]] = {}
 
     def score(self, node_id: NodeId, piece: int) -> int:
         return score(node_id, self._task_id, piece)
@@ -51,14 +52,23 @@ class Rendezvous:
         chosen = tuple(candidates)
         if chosen != self._candidates:
             self._candidates = chosen
-            self._owners.clear()
+            self._ranked.clear()
 
     def owner(self, piece: int) -> NodeId:
         """Who reads `piece` (or `WHOLE`); there must be a candidate."""
-        owner = self._owners.get(piece)
-        if owner is None:
-            owner = self._owners[piece] = max(self._candidates, key=lambda node_id: score(node_id, self._task_id, piece))
-        return owner
+        return self._best(piece)[0]
+
+    def runner_up(self, piece: int) -> NodeId | None:
+        """Who reads `piece` if its owner does not come to it."""
+        best = self._best(piece)
+        return best[1] if len(best) > 1 else None
+
+    def _best(self, piece: int) -> list[NodeId]:
+        best = self._ranked.get(piece)
+        if best is None:
+            best = heapq.nlargest(2, self._candidates, key=lambda node_id: score(node_id, self._task_id, piece))
+            self._ranked[piece] = best
+        return best
 
 
 @dataclass(slots=True)

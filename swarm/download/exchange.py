@@ -147,6 +147,8 @@ class Exchange:
         self.ranges = ranges
         self.shared = shared
         self.settled = False
+        self.outranked = False
+        """Many members that we have no link to are nearer to the task key: reading the origin is theirs (see `Members`)."""
         self._key = int.from_bytes(task_key, "big")
         self._distance = int.from_bytes(me, "big") ^ self._key
         self._sign_claim = sign_claim
@@ -247,7 +249,16 @@ class Exchange:
             reply=reply,
             private=private,
             reads=self.may_read_origin,
+            starving=not complete and len(self.neighbours) < self.policy.starving,
         )
+
+    def has_room(self, node_id: NodeId, join: wire.Join) -> bool:
+        """Whether to take a newcomer as a neighbour, or to send it on to others."""
+        count = len(self.neighbours)
+        if count < self.policy.accepted or (join.starving and count < self.policy.accepted_starving):
+            return True
+        distance = self.distance(node_id)
+        return not self.outranked and sum(n.distance < distance for n in self.neighbours.values()) < self.policy.mesh
 
     def peer_joined(self, node_id: NodeId, join: wire.Join, now: float) -> None:
         """A linked member takes part; a second `Join` replaces what the first said.
@@ -636,7 +647,7 @@ class Exchange:
         candidates = self._candidates_now(now)
         if self.ranges is False:
             self._choose_whole(candidates, now)
-        elif self.me in candidates:
+        elif self.me in candidates and not self.outranked:
             self._choose_pieces(candidates, now)
         self._no_progress(now)
 
@@ -664,8 +675,8 @@ class Exchange:
             mine = self._first_own(free)
             if mine is not None:
                 why = Why.ALONE if alone else Why.LEASE if mine in self._expired else Why.RENDEZVOUS
-            elif self.geometry.piece_count > 1 and not self.reading and self._fetched_before:
-                mine, why = self._rng.choice(list(pieces.indices(free))), Why.SPARE
+            elif not self.reading and self._fetched_before and (spare := self._spare(free, len(candidates))) is not None:
+                mine, why = spare, Why.SPARE
             else:
                 break
             free[mine] = False
@@ -682,6 +693,17 @@ class Exchange:
             if free[piece] and self._rendezvous.owner(piece) == self.me:
                 return piece
         return next((piece for piece in pieces.indices(free) if self._rendezvous.owner(piece) == self.me), None)
+
+    def _spare(self, free: pieces.PieceSet, candidates: int) -> int | None:
+        """Somebody else's free piece: the last one we are next in line for, while its owner takes its first ones.
+
+        Any other one only while there are many: two idle candidates that choose at random among few read the same piece.
+        """
+        left = list(pieces.indices(free))
+        for piece in reversed(left):
+            if self._rendezvous.runner_up(piece) == self.me:
+                return piece
+        return self._rng.choice(left) if len(left) > 2 * candidates else None
 
     def _gated(self, now: float) -> bool:
         """Backlog gate: what nobody else has yet would be lost with us, and the uplink cannot keep up anyway.

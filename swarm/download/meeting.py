@@ -56,8 +56,11 @@ class Meeting:
             interval = next(intervals, interval)
             with trio.move_on_after(interval):
                 await active.done.wait()
-            if not active.done.is_set() and len(active.exchange.neighbours) < self._parts.policy.neighbours:
-                await self.connect_to(active, await self._parts.discovery.find(active.task.id))
+            if active.done.is_set():
+                return
+            stuck = trio.current_time() - active.last_byte >= self._parts.policy.progress_after(active.geometry)
+            if stuck or len(active.exchange.neighbours) < self._parts.policy.neighbours:
+                await self.connect_to(active, await self._parts.discovery.find(active.task.id), nearest=stuck)
 
     async def _first_answers(self, active: Active) -> None:
         """Until everybody who was dialled or greeted has answered or failed."""
@@ -65,21 +68,25 @@ class Meeting:
             active.joined = trio.Event()
             await active.joined.wait()
 
-    async def connect_to(self, active: Active, found: Iterable[Provider]) -> None:
-        """Remember these members, and connect to those the task needs."""
-        active.members.learn(found)
+    async def connect_to(self, active: Active, found: Iterable[Provider], *, nearest: bool = False) -> None:
+        """Remember these members, and connect to those the task needs (and to the `nearest`, see `Members.to_dial`)."""
+        members = active.members
+        members.learn(found)
+        active.exchange.outranked = members.outranked
+        linked = set(active.exchange.neighbours) | active.awaiting
         async with trio.open_nursery() as nursery:
-            for provider in active.members.to_dial(set(active.exchange.neighbours) | active.greeted):
+            for provider in members.to_dial(linked, trio.current_time(), nearest=nearest):
+                members.dialling.add(provider.node_id)
                 nursery.start_soon(self._join_with, active, provider)
 
     async def _join_with(self, active: Active, provider: Provider) -> None:
-        active.members.dialling.add(provider.node_id)
         try:
             link = await self.dial(provider)
         finally:
             active.members.dialling.discard(provider.node_id)
         if link is None:
             active.members.failed(provider.node_id)
+            active.exchange.outranked = active.members.outranked
         else:
             self.greet(active, link)
         active.joined.set()

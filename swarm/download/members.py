@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from random import Random
 from typing import TypeVar
 
 from swarm.download.policy import Policy
-from swarm.edges import NodeId, Provider
+from swarm.edges import NodeId, Provider, State
 from swarm.identity import node_id_of
 
 MAX_KNOWN = 512
 """Members remembered per task; the nearest and the most recent suffice to find the others."""
+
+INFINITY = float("inf")
 
 Value = TypeVar("Value")
 
@@ -30,14 +33,18 @@ class Members:
         self._policy = policy
         self._known: dict[NodeId, Provider] = {}
         self._failures: dict[NodeId, int] = {}
+        self._declined: dict[NodeId, float] = {}
         self._seen_claims: dict[bytes, None] = {}
         self._ids: dict[bytes, NodeId] = {}
+        self._outranked: bool | None = None
+        """Worked out anew when members were learned or found dead."""
         self.dialling: set[NodeId] = set()
 
     def __len__(self) -> int:
         return len(self._known)
 
     def learn(self, found: Iterable[Provider]) -> None:
+        self._outranked = None
         for provider in found:
             if provider.node_id != self._me:
                 self._known.pop(provider.node_id, None)
@@ -47,32 +54,63 @@ class Members:
 
     def failed(self, node_id: NodeId) -> None:
         """A dial failed; after a few it is no longer tried."""
+        self._outranked = None
         if node_id not in self._failures:
             _bound(self._failures, MAX_KNOWN)
         self._failures[node_id] = self._failures.get(node_id, 0) + 1
 
-    def to_dial(self, linked: set[NodeId]) -> list[Provider]:
+    def declined(self, node_id: NodeId, now: float) -> None:
+        """It does not take part, or has neighbours enough."""
+        self._declined.pop(node_id, None)
+        _bound(self._declined, MAX_KNOWN)
+        self._declined[node_id] = now
+
+    @property
+    def outranked(self) -> bool:
+        """Whether so many members are nearer to the task key than we are that the origin is theirs to read.
+
+        Members that were never linked count: far from the key nobody connects to the nearest, and who looked at its own
+        links only would take itself for one of them.
+        """
+        if self._outranked is None:
+            mine = self._distance(self._me)
+            nearer = sum(
+                self._distance(node_id) < mine and self._may_answer(node_id) and provider.state < State.COMPLETE
+                for node_id, provider in self._known.items()
+            )
+            self._outranked = nearer >= self._policy.mesh
+        return self._outranked
+
+    def to_dial(self, linked: set[NodeId], now: float, *, nearest: bool = False) -> list[Provider]:
         """Whom to connect to now.
 
         The mesh first: a node among the nearest connects to all the nearest it knows of.  Then others, until there are
         enough neighbours.
+
+        Args:
+            nearest: Connect to the nearest wherever we are ourselves: to find out whether they are alive.
         """
-        reachable = [
-            provider
+        free = {
+            node_id: provider
             for node_id, provider in self._known.items()
-            if node_id not in self.dialling and self._failures.get(node_id, 0) < MAX_FAILURES
-        ]
-        ranked = sorted(reachable, key=lambda provider: self._distance(provider.node_id))
-        nearer = sum(self._distance(provider.node_id) < self._distance(self._me) for provider in ranked)
-        chosen = ranked[: self._policy.mesh] if nearer < self._policy.mesh else []
-        chosen = [provider for provider in chosen if provider.node_id not in linked]
+            if node_id not in linked and node_id not in self.dialling and self._may_answer(node_id)
+        }
+        chosen: dict[NodeId, Provider] = {}
+        if nearest or not self.outranked:
+            ranked = heapq.nsmallest(self._policy.mesh, filter(self._may_answer, self._known), key=self._distance)
+            chosen = {node_id: free[node_id] for node_id in ranked if node_id in free}
         spare = self._policy.neighbours - len(linked) - len(self.dialling) - len(chosen)
-        if spare > 0:
-            taken = {provider.node_id for provider in chosen}
-            # Most recently learned first: they are the likeliest to be alive.
-            others = [p for p in reversed(reachable) if p.node_id not in linked and p.node_id not in taken]
-            chosen += others[:spare]
-        return chosen
+        # Most recently learned first: they are the likeliest to be alive.
+        for node_id in reversed(free):
+            if spare <= 0:
+                break
+            if node_id not in chosen and self._declined.get(node_id, -INFINITY) + self._policy.declined <= now:
+                chosen[node_id] = free[node_id]
+                spare -= 1
+        return list(chosen.values())
+
+    def _may_answer(self, node_id: NodeId) -> bool:
+        return self._failures.get(node_id, 0) < MAX_FAILURES
 
     def records(self, receiver: NodeId, rng: Random) -> list[bytes]:
         """Signed records to pass to a new neighbour: the nearest, and some others."""

@@ -25,6 +25,15 @@ class Policy:
     neighbours: int = 16
     """Links every node wants; 8 to 32 are within noise, messages grow with it (simulated)."""
 
+    accepted: int = 24
+    accepted_starving: int = 48
+    starving: int = 8
+    """Neighbours beyond which a newcomer is sent on to others, unless it belongs to the mesh or has fewer than `starving`
+    itself: work for each piece must not grow with the swarm; without the exception newcomers read 2.6 copies (simulated)."""
+
+    declined: float = 30.0
+    """Who has declined is not asked again for so long."""
+
     settle: float = 0.1
     """Between announcing and the first origin read, so that newcomers see one another; 0 to 0.3 alike in copies."""
 

@@ -701,6 +701,8 @@ class DownloadService:
                 active.exchange.unclaimed(node_id, told)
             case wire.Leave():
                 active.answered(node_id)
+                active.greeted.discard(node_id)
+                active.members.declined(node_id, now)
                 active.seals.pop(node_id, None)
                 active.exchange.peer_left(node_id, now)
             case wire.Peers(_, records):
@@ -731,6 +733,11 @@ class DownloadService:
             raise RemoteProtocolError("banned")
         active.last_asked = trio.current_time()
         newcomer = link.node_id not in active.exchange.neighbours
+        greeted = link.node_id in active.greeted
+        if newcomer and not greeted and not active.exchange.has_room(link.node_id, join):
+            link.post(wire.Leave(join.task))
+            self._meeting.introduce(active, link)
+            return
         active.exchange.peer_joined(link.node_id, join, trio.current_time())
         active.greeted.add(link.node_id)
         if join.seal is not None:
