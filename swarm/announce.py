@@ -345,6 +345,8 @@ class Announcer:
             with trio.move_on_at(self._due[0][0] if self._due else float("inf")):
                 await self._wake.wait()
                 continue
+            if not self._due or self._due[0][0] > trio.current_time():
+                continue  # withdrawn while we slept
             entry = heapq.heappop(self._due)[2]
             if entry.publishing:
                 self._schedule(entry, trio.current_time() + 5 * REPEAT_PAUSE)

@@ -523,6 +523,20 @@ def test_a_task_withdrawn_and_wanted_again_is_found_again() -> None:
     run(main, 1)
 
 
+def test_a_repetition_that_falls_due_after_everything_was_withdrawn_does_not_end_the_node() -> None:
+    async def main() -> None:
+        async with network() as net:
+            nodes = await net.add(3)
+            await trio.sleep(3.0)
+            await nodes[1].announcer.announce(TASK, State.COMPLETE)
+            await nodes[1].announcer.withdraw_all()
+            await trio.sleep(2 * 3600.0)
+            assert nodes[1].announcer.statistics().tasks == 0
+            assert ids_of(await nodes[1].announcer.announce(TASK, State.WANTS)) == set()
+
+    run(main, 1)
+
+
 def test_shutdown_withdraws_every_task_with_one_message_to_each_holder() -> None:
     async def main() -> None:
         async with network(latency=LAN) as net:
