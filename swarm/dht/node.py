@@ -47,12 +47,6 @@ REFRESH_INTERVAL: Final = 1800.0
 """Seconds between lookups of a random id, which fill the buckets nobody asked about."""
 EARLY_REFRESHES: Final = (1.0, 5.0)
 """Seconds after joining at which we look around again: whoever started together has joined by then."""
-NEIGHBOURHOOD: Final = 24
-"""Nodes nearest to us that we make ourselves known to, by asking them.
-
-Whoever is among the k nearest to some target must be named by the others that are: so it has to be known to more than
-its own k nearest.  With k alone, one lookup in twenty among 400 nodes missed the nearest.
-"""
 MAX_JOIN_ADDRESSES: Final = 64
 """A headless service of a thousand pods resolves to a thousand addresses; some of them are enough."""
 RESOLVE_LIMIT: Final = 10.0
@@ -289,13 +283,12 @@ class DhtNode:
         query: Callable[[bytes, bytes, bytes], Query],
         expect: type[Answer],
         on_answer: Callable[[Lookup, Contact, Answer], None],
-        width: int | None = None,
     ) -> Lookup:
-        """Look up the `width` contacts nearest to `target` (k, if not given), asking each the same question."""
+        """Look up the contacts nearest to `target`, asking each the same question."""
         engine = self.engine
         # More than k, so that there are others to turn to where all that neighbours name is dead.
         known = engine.table.nearest(target, 3 * engine.k)
-        lookup = Lookup(target, engine.node_id, known, k=width or engine.k, alpha=ALPHA)
+        lookup = Lookup(target, engine.node_id, known, k=engine.k, alpha=ALPHA)
         with trio.move_on_after(LOOKUP_LIMIT):
             async with trio.open_nursery() as nursery:
 
@@ -322,15 +315,14 @@ class DhtNode:
                 go_on()
         return lookup
 
-    async def find_nodes(self, target: bytes, width: int | None = None) -> list[Contact]:
-        """The k (or `width`) nearest contacts to an id that answer, nearest first."""
+    async def find_nodes(self, target: bytes) -> list[Contact]:
+        """The k nearest contacts to an id that answer, nearest first."""
         own_id = self.engine.node_id
         lookup = await self._walk(
             target,
             lambda tx, token, padding: messages.FindNode(tx, own_id, token, target, padding),
             Contacts,
             lambda lookup, contact, answer: None,
-            width,
         )
         return lookup.nearest()
 
@@ -565,22 +557,26 @@ class DhtNode:
             for host, port in self._join:
                 nursery.start_soon(resolve, host, port)
 
-    async def _look_around(self, width: int | None = None) -> None:
-        """Lookups of our own id and of its like in the other half: who is near, and a few of the far."""
-        own = int.from_bytes(self.engine.node_id, "big")
+    async def _look_around(self) -> None:
+        """Look up our own id, then one in each part of the id space of which we know too little.
+
+        Section 2.3 of the paper refreshes every bucket on joining; without, whole regions may know nobody in another,
+        and lookups that pass through them end there.
+        """
+        await self.find_nodes(self.engine.node_id)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.find_nodes, self.engine.node_id, width)
-            nursery.start_soon(self.find_nodes, (own ^ (1 << 159)).to_bytes(20, "big"))
+            for target in self.engine.table.sparse():
+                nursery.start_soon(self.find_nodes, target)
 
     async def _refresh(self) -> None:
         await self._joined.wait()
         for delay in EARLY_REFRESHES:
             await trio.sleep(delay * self._rng.uniform(0.8, 1.2))
-            await self._look_around(NEIGHBOURHOOD)
+            await self._look_around()
         while True:
             await trio.sleep(REFRESH_INTERVAL * self._rng.uniform(0.8, 1.2))
             await self.find_nodes(self._rng.randbytes(20))
-            await self._look_around(NEIGHBOURHOOD)
+            await self._look_around()
 
     async def _sweep(self) -> None:
         while True:

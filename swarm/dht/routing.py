@@ -163,6 +163,23 @@ class Table(RoutingTable):  # type: ignore[misc]  # kademlia is untyped
             contacts = (contact for contact in contacts if scope_of(contact.address.host) is not Scope.LOOPBACK)
         return heapq.nsmallest(count, contacts, key=lambda contact: contact.long_id ^ point)
 
+    def sparse(self) -> list[bytes]:
+        """An id in each subtree beside our own path of which fewer than k / 2 contacts are known.
+
+        The subtrees are those that Kademlia's buckets stand for: ids that share exactly the first n bits with ours, down
+        to the depth of our own bucket.
+        """
+        low, high = self.buckets[self.get_bucket_for(self.node)].range
+        depth = ID_BITS - (high - low + 1).bit_length() + 1
+        known = [0] * (ID_BITS + 1)
+        for contact in self._by_address.values():
+            known[ID_BITS - (contact.long_id ^ self.node.long_id).bit_length()] += 1
+        return [
+            (self.node.long_id ^ 1 << (ID_BITS - 1 - bit)).to_bytes(20, "big")
+            for bit in range(depth)
+            if known[bit] < self.ksize // 2
+        ]
+
     def heard(self, address: Address, now: float) -> None:
         """An answer came from there."""
         self._silent.pop(address, None)

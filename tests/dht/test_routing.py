@@ -87,6 +87,18 @@ def test_we_are_not_our_own_contact() -> None:
     assert not table.add(Contact(OWN, Address("9.9.9.9", 7400)))
 
 
+def test_parts_of_the_id_space_with_few_contacts_are_named() -> None:
+    table = Table(OWN, 4)
+    assert table.sparse() == []
+    # Ids that begin with 1 and 001, and near ones: nobody begins with 01.
+    firsts = (0x80, 0x90, 0xA0, 0xC0, 0x20, 0x28, 0x30, 0x38, 0x10, 0x18, 0x00, 0x01, 0x02, 0x04, 0x08, 0x0C)
+    for number, first in enumerate(firsts):
+        table.add(Contact(bytes([first, 1]) + bytes(18), Address(f"9.9.9.{number}", 7400)))
+    found = {target[0] for target in table.sparse()}
+    assert 0x40 in found
+    assert not found & {0x80, 0x20}
+
+
 def test_a_full_bucket_keeps_whoever_proved_itself_first() -> None:
     table = Table(OWN, 2, max_contacts=0)
     far = [Contact(b"\xff" + bytes([n]) + bytes(18), Address(f"9.9.9.{n}", 7400)) for n in range(1, 9)]
