@@ -119,7 +119,8 @@ class Hello(Struct, frozen=True, tag_field="t", tag="hello"):
 class Join(Struct, frozen=True, tag_field="t", tag="join", omit_defaults=True):
     """I take part in this task and hold these pieces.
 
-    `reply` asks the other side for its own `Join` (or `Leave`); `reads` is false for a member that may not read the origin.
+    `reply` asks the other side for its own `Join` (or `Leave`); `reads` is false for a member that may not read the origin;
+    `starving` that it has hardly any neighbours, and asks to be taken by one that has enough.
     """
 
     task: Bytes32
@@ -131,6 +132,7 @@ class Join(Struct, frozen=True, tag_field="t", tag="join", omit_defaults=True):
     reply: bool = False
     private: bool = False
     reads: bool = True
+    starving: bool = False
 
 
 class Ask(Struct, frozen=True, tag_field="t", tag="ask"):

@@ -28,7 +28,7 @@ from swarm.edges import (
 from swarm.errors import NotPermitted, OriginError, SwarmError
 from swarm.task import Geometry, Task, blob_task
 
-GATHER_SECONDS = 0.01
+GATHER_SECONDS = 0.005
 """A burst of messages and pieces is gathered so long before the exchange decides: waking for each is what costs a busy node."""
 
 GREETED_LINKS = 32

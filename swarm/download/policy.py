@@ -92,14 +92,14 @@ class Policy:
     endgame_holders: int = 3
     endgame_holders_starving: int = 16
 
-    have_batch: float = 0.5
+    have_batch: float = 0.25
     """Batching of `have` for pieces that neighbours hold already: half a second costs 2 % of the time (simulated) and
     spares more than half of the frames of 0.1 s, which is what many daemons on few cores spend their time on."""
 
-    have_batch_per_piece: float = 0.0025
+    have_batch_per_piece: float = 0.00125
     """Content of few pieces is over soon and has few frames: at most so long a batch for each of its pieces."""
 
-    have_rare: int = 0
+    have_rare: int = 2
     """Pieces that at most so many neighbours hold are told at once: those just read from the origin.
 
     Telling also the second and third holder's at once gains 2 % of the time (simulated) for 40 % more frames.

@@ -685,7 +685,7 @@ class DownloadService:
             return
         now = trio.current_time()
         node_id = link.node_id
-        if node_id not in active.exchange.neighbours and not isinstance(message, wire.Leave):
+        if node_id not in active.exchange.neighbours and not isinstance(message, wire.Leave | wire.Peers):
             # It did not join, or may not: a claim on content we fetch for ourselves alone, say, would only hold it up.
             return
         match message:
