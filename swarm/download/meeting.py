@@ -47,6 +47,7 @@ class Meeting:
                 await self._first_answers(active)
             active.exchange.settle(trio.current_time())
             active.touch()
+        await self.connect_to(active, [])
         await self._keep_looking(active)
 
     async def _keep_looking(self, active: Active) -> None:
@@ -74,8 +75,10 @@ class Meeting:
         members.learn(found)
         active.exchange.outranked = members.outranked
         linked = set(active.exchange.neighbours) | active.awaiting
+        # At first only the first to announce are known, to everybody: the rest is chosen when more are.
+        enough = self._parts.policy.neighbours if active.exchange.settled else self._parts.policy.starving
         async with trio.open_nursery() as nursery:
-            for provider in members.to_dial(linked, trio.current_time(), nearest=nearest):
+            for provider in members.to_dial(linked, trio.current_time(), self._parts.rng, enough=enough, nearest=nearest):
                 members.dialling.add(provider.node_id)
                 nursery.start_soon(self._join_with, active, provider)
 

@@ -81,13 +81,14 @@ class Members:
             self._outranked = nearer >= self._policy.mesh
         return self._outranked
 
-    def to_dial(self, linked: set[NodeId], now: float, *, nearest: bool = False) -> list[Provider]:
+    def to_dial(self, linked: set[NodeId], now: float, rng: Random, *, enough: int, nearest: bool = False) -> list[Provider]:
         """Whom to connect to now.
 
-        The mesh first: a node among the nearest connects to all the nearest it knows of.  Then others, until there are
-        enough neighbours.
+        The mesh first: a node among the nearest connects to all the nearest it knows of.  Then others at random, so that
+        the first ones known do not become everybody's neighbours, until there are enough.
 
         Args:
+            enough: Neighbours wanted.
             nearest: Connect to the nearest wherever we are ourselves: to find out whether they are alive.
         """
         free = {
@@ -99,14 +100,14 @@ class Members:
         if nearest or not self.outranked:
             ranked = heapq.nsmallest(self._policy.mesh, filter(self._may_answer, self._known), key=self._distance)
             chosen = {node_id: free[node_id] for node_id in ranked if node_id in free}
-        spare = self._policy.neighbours - len(linked) - len(self.dialling) - len(chosen)
-        # Most recently learned first: they are the likeliest to be alive.
-        for node_id in reversed(free):
-            if spare <= 0:
-                break
-            if node_id not in chosen and self._declined.get(node_id, -INFINITY) + self._policy.declined <= now:
-                chosen[node_id] = free[node_id]
-                spare -= 1
+        spare = enough - len(linked) - len(self.dialling) - len(chosen)
+        others = [
+            node_id
+            for node_id in free
+            if node_id not in chosen and self._declined.get(node_id, -INFINITY) + self._policy.declined <= now
+        ]
+        for node_id in rng.sample(others, max(0, min(spare, len(others)))):
+            chosen[node_id] = free[node_id]
         return list(chosen.values())
 
     def _may_answer(self, node_id: NodeId) -> bool:

@@ -97,7 +97,7 @@ class World:
         self.nursery = nursery
         self.source = Source(path)
         self.watch = Watch()
-        self.uploader = Uploader(self.source, rng=random.Random(1))
+        self.uploader = Uploader(self.source, rng=random.Random(1), slots=1)
         self.errors: list[Exception] = []
         self.admitted: set[NodeId] | None = None
         self.server = PiecesServer(

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from swarm import wire
 from swarm.edges import NodeId, Served
 from swarm.peer import upload
-from swarm.peer.upload import MAX_REQUESTS_PER_CHANNEL, MAX_SLOTS, STALL_SECONDS, Channel, Uploader
+from swarm.peer.upload import MAX_REQUESTS_PER_CHANNEL, MAX_SLOTS, SLOTS, STALL_SECONDS, Channel, Uploader
 
 TASK = bytes(32)
 OTHER = b"\1" * 32
@@ -50,7 +50,7 @@ class Source:
 
 
 def make(source: Source | None = None) -> Uploader:
-    return Uploader(source or Source(), rng=random.Random(7))
+    return Uploader(source or Source(), rng=random.Random(7), slots=1)
 
 
 def serve_all(uploader: Uploader, now: float = 0.0) -> list[tuple[NodeId, int]]:
@@ -60,6 +60,15 @@ def serve_all(uploader: Uploader, now: float = 0.0) -> list[tuple[NodeId, int]]:
         order.append((transfer.node_id, transfer.request.piece))
         uploader.ended(transfer, complete=True)
     return order
+
+
+def test_a_few_transfers_run_side_by_side_and_more_only_when_all_are_blocked():
+    uploader = Uploader(Source(), rng=random.Random(7))
+    for peer in range(MAX_SLOTS):
+        assert uploader.enqueue(channel(peer), ask(peer, peer))
+    started = [uploader.next(0.0) for _ in range(SLOTS + 1)]
+    assert [transfer is not None for transfer in started] == [True] * SLOTS + [False]
+    assert uploader.next(STALL_SECONDS) is not None
 
 
 def test_the_least_replicated_piece_of_all_peers_goes_first():
@@ -104,7 +113,7 @@ def test_ties_go_to_the_peer_that_has_fewer_pieces():
 def test_remaining_ties_are_settled_at_random_and_not_by_who_came_first():
     winners = set()
     for seed in range(20):
-        uploader = Uploader(Source(), rng=random.Random(seed))
+        uploader = Uploader(Source(), rng=random.Random(seed), slots=1)
         for number in range(4):
             uploader.enqueue(channel(number), ask(1, number))
         transfer = uploader.next(0.0)
