@@ -267,8 +267,10 @@ class Node:
             asker.failed(request_id, wire.CANCELLED)
 
     def _pump(self) -> None:
+        if not self.alive:
+            return  # a deadline nobody acts on would be due for ever
         now = trio.current_time()
-        while self.alive and (transfer := self.uploader.next(now)) is not None:
+        while (transfer := self.uploader.next(now)) is not None:
             self._serve(transfer)
         deadline = self.uploader.next_deadline()
         if deadline < self._wake_at:
