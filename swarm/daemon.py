@@ -102,6 +102,7 @@ async def run_node(
         await life.enter_async_context(running(swarm.announcer.run))
         await life.enter_async_context(running(swarm.service.run))
         neighbourhood = Neighbourhood(membership.node_id, swarm.dht.known, swarm.hub, rng=rng)
+        swarm.service.attach(swarm.hub, all_linked=neighbourhood.complete)
         await life.enter_async_context(running(neighbourhood.run))
 
         node = Node(settings, membership, store, swarm, origin, face)

@@ -19,8 +19,8 @@ from swarm.errors import PeerError
 
 log = structlog.get_logger(__name__)
 
-WANTED: Final = 16
-"""Links every node keeps: as many as a download wants neighbours."""
+WANTED: Final = 24
+"""Links every node keeps: a network no larger than the mesh of a task is linked completely, and each fetch meets at once."""
 
 AT_ONCE: Final = 4
 """Dials at a time: a rollout that starts a thousand nodes at once is to set up links in minutes, not in a second."""
@@ -64,6 +64,11 @@ class Neighbourhood:
             first = False
             if len(self._network.links()) >= self._wanted:
                 await trio.sleep(CONTENT * self._rng.uniform(0.5, 1.0))
+
+    def complete(self) -> bool:
+        """Whether there are links to all contacts, of which there is at least one."""
+        known = [node_id for node_id, _ in self._contacts() if node_id != self._me]
+        return bool(known) and all(self._network.link(node_id) is not None for node_id in known)
 
     def lacking(self, *, own_turn: bool) -> list[tuple[NodeId, Address]]:
         """Whom to dial now, at random.

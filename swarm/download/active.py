@@ -62,6 +62,7 @@ class Parts:
         wall_clock: Wall seconds, for signed statements only.
         spool_dir: Takes content of unknown length while it is read; `None`: the system's.
         network: Connections; `None` until the peer layer is attached.
+        all_linked: Whether every node we know of is connected to us.
     """
 
     membership: Membership
@@ -73,6 +74,7 @@ class Parts:
     wall_clock: Callable[[], float]
     spool_dir: str | None = None
     network: PeerNetwork | None = None
+    all_linked: Callable[[], bool] = lambda: False
     totals: Totals = field(default_factory=Totals)
     claim_seq: int = 0
 

@@ -38,17 +38,24 @@ class Meeting:
             return
         for link in self._parts.links()[:GREETED_LINKS]:
             self.greet(active, link)
-        found = [*found, *await self._parts.discovery.announce(active.task.id, State.WANTS)]
-        announced = trio.current_time()
+        announced = trio.Event()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.connect_to, active, found)
+            nursery.start_soon(self._announce, active, found, announced)
+            if not self._parts.all_linked():
+                # Where every node we know of is greeted already, the DHT has nobody to add, and nothing waits for it.
+                await announced.wait()
             with trio.move_on_after(policy.settle_bound):
-                await trio.sleep_until(announced + policy.settle)
+                await trio.sleep(policy.settle)
                 await self._first_answers(active)
             active.exchange.settle(trio.current_time())
             active.touch()
         await self.connect_to(active, [])
         await self._keep_looking(active)
+
+    async def _announce(self, active: Active, found: list[Provider], announced: trio.Event) -> None:
+        found = [*found, *await self._parts.discovery.announce(active.task.id, State.WANTS)]
+        announced.set()
+        await self.connect_to(active, found)
 
     async def _keep_looking(self, active: Active) -> None:
         intervals = iter(FIND_AGAIN)

@@ -26,7 +26,7 @@ class Policy:
     """Links every node wants; 8 to 32 are within noise, messages grow with it (simulated)."""
 
     accepted: int = 24
-    accepted_starving: int = 48
+    accepted_starving: int = 32
     starving: int = 8
     """Neighbours beyond which a newcomer is sent on to others, unless it belongs to the mesh or has fewer than `starving`
     itself: work for each piece must not grow with the swarm; without the exception newcomers read 2.6 copies (simulated)."""

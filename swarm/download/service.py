@@ -134,8 +134,10 @@ class DownloadService:
 
     # --- life ------------------------------------------------------------------------------------------------
 
-    def attach(self, network: PeerNetwork) -> None:
+    def attach(self, network: PeerNetwork, *, all_linked: Callable[[], bool] = lambda: False) -> None:
+        """`all_linked` says whether every node we know of is connected to us."""
         self._parts.network = network
+        self._parts.all_linked = all_linked
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Drive the exchanges until cancelled."""
