@@ -26,6 +26,7 @@ from random import Random
 from simulations.clock import run
 from simulations.register import Register
 from simulations.world import MBIT, Outcome, Shape, World
+from swarm import logs
 from swarm.download.policy import Policy
 
 MIB = 1024 * 1024
@@ -133,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("change", nargs="*")
     given = parser.parse_args(arguments)
     shape = Shape(given.nodes, round(given.mib * MIB), given.origin * MBIT, given.node * MBIT, given.arrival)
+    logs.configure("warning", "text")
     if not given.json:
         print(f"{'':44}{'copies':>8}{'last':>8}{'worst':>8}{'median':>8}{'frames':>8}{'wasted':>8}")
     for change in ("", *given.change):

@@ -20,10 +20,11 @@ import cli
 import swarm
 from swarm import wire
 from swarm.dht import messages, records
+from swarm.download import policy
 from swarm.errors import SwarmError
 
 ROOT: Final = Path(__file__).parent.parent.parent
-REFERENCE: Final = ROOT / "docs/reference"
+DOCS: Final = ROOT / "docs"
 
 CONTROL: Final = (
     wire.Hello, wire.Join, wire.Ask, wire.Have, wire.Lost, wire.SealOffer, wire.Claims, wire.Unclaim, wire.Leave, wire.Peers,
@@ -191,10 +192,7 @@ def _documented(module_name: str) -> Iterator[tuple[str, str]]:
         target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
         if not isinstance(target, ast.Name) or not re.fullmatch(r"[A-Z][A-Z0-9_]*", target.id):
             continue
-        text = ""
-        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-            text = " ".join(str(following.value.value).split()).replace("|", "\\|")
-        yield target.id, text or TEXTS.get(f"{module_name}.{target.id}", "")
+        yield target.id, _text_below(following) or TEXTS.get(f"{module_name}.{target.id}", "")
 
 
 def every_error() -> list[type[SwarmError]]:
@@ -232,8 +230,27 @@ def code_table(module_name: str) -> str:
     return "\n".join([*lines, *(f"| {getattr(module, name)} | `{name}` | {texts[name]} |" for name in CODES[module_name])])
 
 
+def policy_table() -> str:
+    """Every number of the exchange, with what stands below it in the source."""
+    tree = ast.parse(inspect.getsource(policy))
+    body = next(node for node in tree.body if isinstance(node, ast.ClassDef)).body
+    standard = policy.Policy()
+    lines = ["| number | value | why |", "|---|---|---|"]
+    for node, following in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            lines.append(f"| `{node.target.id}` | {getattr(standard, node.target.id):,} | {_text_below(following)} |")
+    return "\n".join(lines)
+
+
+def _text_below(following: ast.stmt | None) -> str:
+    """The documentation of an attribute, on one line."""
+    if not isinstance(following, ast.Expr) or not isinstance(following.value, ast.Constant):
+        return ""
+    return " ".join(str(following.value.value).split()).replace("|", "\\|")
+
+
 PARTS: Final[dict[str, dict[str, Callable[[], str]]]] = {
-    "wire.md": {
+    "reference/wire.md": {
         "control": lambda: message_table(CONTROL),
         "signed": lambda: message_table(SIGNED),
         "channel": lambda: message_table(CHANNEL),
@@ -241,12 +258,13 @@ PARTS: Final[dict[str, dict[str, Callable[[], str]]]] = {
         "datagram bodies": lambda: message_table(DATAGRAM_BODIES),
         "bounds": bound_table,
     },
-    "errors.md": {
+    "reference/errors.md": {
         "errors": error_table,
         "statuses": lambda: code_table("swarm.wire"),
         "close codes": lambda: code_table("swarm.peer.websocket"),
         "stored": lambda: code_table("swarm.dht.messages"),
     },
+    "design/exchange.md": {"policy": policy_table},
 }
 
 
@@ -256,12 +274,12 @@ def filled(page: str, text: str) -> str:
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         before, middle, rest = text.partition(begin)
         if not middle or end not in rest:
-            raise AssertionError(f"docs/reference/{page} has no part {name!r}")
+            raise AssertionError(f"docs/{page} has no part {name!r}")
         text = f"{before}{begin}\n{make()}\n{end}{rest.partition(end)[2]}"
     return text
 
 
 if __name__ == "__main__":
     for page in PARTS:
-        path = REFERENCE / page
+        path = DOCS / page
         path.write_text(filled(page, path.read_text()))

@@ -25,7 +25,12 @@ class Terminal:
     def __init__(self, directory: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SWARM_")}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        environment |= {"XDG_STATE_HOME": str(directory), "XDG_CONFIG_HOME": str(directory), "PYTHONUNBUFFERED": "1"}
+        environment |= {
+            "XDG_STATE_HOME": str(directory),
+            "XDG_CONFIG_HOME": str(directory),
+            "PYTHONUNBUFFERED": "1",
+            "SWARM_DEBUG": "1",
+        }
         self.directory = directory
         self.environment = environment
         self.ports: dict[str, str] = {}
@@ -81,15 +86,15 @@ class Terminal:
     def _end(self, number: int) -> int:
         process = self.beside[number - 1]
         process.terminate()
-        code = process.wait()
-        return 0 if code in (0, -signal.SIGTERM) else code
+        said, _ = process.communicate()
+        assert process.returncode in (0, -signal.SIGTERM), said.decode()
+        return 0
 
     def close(self) -> None:
         for process in self.beside:
-            process.kill()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+            if process.returncode is None:
+                process.kill()
+                process.communicate()
         self.shell.kill()
         self.shell.wait()
         for stream in (self.shell.stdin, self.shell.stdout):
