@@ -118,8 +118,9 @@ def choose_requests(
     order = [n for n in neighbours if len(n.queued) < policy.queued and n.paused_until <= now]
     rng.shuffle(order)
     busy = fetching or bool(requests.arriving)
+    room = policy.outstanding - len(requests.arriving) - sum(map(len, requests.queued.values()))
     for neighbour in order:
-        while len(neighbour.queued) < policy.queued:
+        while len(neighbour.queued) < policy.queued and len(chosen) < room:
             piece = _pick(fresh & neighbour.held, counts, rng, first)
             spare = piece is None
             if piece is None and not neighbour.queued:

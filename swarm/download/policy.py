@@ -26,7 +26,7 @@ class Policy:
     """Links every node wants; 8 to 32 are within noise, messages grow with it (simulated)."""
 
     accepted: int = 24
-    accepted_starving: int = 32
+    accepted_starving: int = 40
     starving: int = 8
     """Neighbours beyond which a newcomer is sent on to others, unless it belongs to the mesh or has fewer than `starving`
     itself: work for each piece must not grow with the swarm; without the exception newcomers read 2.6 copies (simulated)."""
@@ -85,6 +85,10 @@ class Policy:
 
     arriving: int = 4
     """Pieces arriving at once; 2 to 8 alike."""
+
+    outstanding: int = 10
+    """Requests of one node that wait or arrive, at all neighbours together.  Simulated, 8 to no bound are alike; between real
+    hosts, forty let a dozen senders meet at one downlink, and an eighth of all bytes was sent twice."""
 
     queued: int = 2
     """Requests queued at each neighbour; 1 costs 7 % of the time."""
