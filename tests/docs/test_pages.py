@@ -22,6 +22,7 @@ from swarm.dht import messages, records, rpc
 from swarm.download.exchange import Why
 from swarm.download.policy import Policy
 from swarm.node import Node
+from swarm.peer.limits import ProgressRule
 from tests.docs import generated
 from tests.docs.pages import PAGES, ROOT, anchors, links, prose, steps
 
@@ -235,3 +236,22 @@ def test_a_comparison_in_which_nodes_die_comes_to_an_end() -> None:
     row = compare.compare(Shape(nodes=10, length=8 * 1024 * 1024, origin_rate=25e6, node_rate=6.25e6), "", 1, kill=0.3)
     assert row.unfinished == 0
     assert row.copies >= 1
+
+
+def test_rates_at_which_a_peer_floods_are_in_the_wire_reference() -> None:
+    page = (DOCS / "reference/wire.md").read_text()
+    found = [
+        rates
+        for path in (ROOT / "swarm/peer").glob("*.py")
+        for rates in re.findall(r'Flood\("[^"]+", ([\d_]+), ([\d_]+),', path.read_text())
+    ]
+    assert len(found) >= 3
+    for sustained, at_once in found:
+        assert re.search(rf"\b{int(sustained):,} [a-z ]+a\s+second\s+\({int(at_once):,} at once\)", page), (sustained, at_once)
+
+
+def test_when_a_transfer_fails_is_in_the_wire_reference() -> None:
+    rule = ProgressRule()
+    page = " ".join((DOCS / "reference/wire.md").read_text().split())
+    slow = f"below {rule.floor // 1024:g} KiB/s over {rule.window:g} s"
+    assert f"A transfer fails after {rule.silence:g} s without a byte, or {slow}" in page
