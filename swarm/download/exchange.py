@@ -632,6 +632,7 @@ class Exchange:
         holders = [neighbour for neighbour in self.neighbours.values() if neighbour.held.any()]
         for neighbour, piece, spare in choose_requests(
             holders, missing, self.requests, self.counts, self.policy, self._rng, now,
+            patience=max(self.policy.overloaded, self.policy.overloaded_piece_times * self._piece_time),
             fetching=bool(self.reading), first=self.first,
         ):  # fmt: skip
             self._do(Request(neighbour.node_id, piece, spare))

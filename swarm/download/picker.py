@@ -25,7 +25,7 @@ class Neighbour:
     """A linked member of the task.
 
     Attributes:
-        queued: Pieces requested of it that have not started.
+        queued: Pieces requested of it that have not started, and when they were.
         arriving: Pieces it is sending us.
         untold: Pieces we hold that it was not told of, because it holds them too.
         last_spread: When a piece it had alone was last seen elsewhere.
@@ -37,7 +37,7 @@ class Neighbour:
     held: PieceSet
     reads_origin: bool = True
     complete: bool = False
-    queued: set[int] = field(default_factory=set)
+    queued: dict[int, float] = field(default_factory=dict)
     arriving: set[int] = field(default_factory=set)
     untold: list[int] = field(default_factory=list)
     paused_until: float = 0.0
@@ -58,8 +58,8 @@ class Requests:
     arriving: dict[int, set[NodeId]] = field(default_factory=dict)
     queued: dict[int, set[NodeId]] = field(default_factory=dict)
 
-    def add(self, neighbour: Neighbour, piece: int) -> None:
-        neighbour.queued.add(piece)
+    def add(self, neighbour: Neighbour, piece: int, now: float) -> None:
+        neighbour.queued[piece] = now
         self.queued.setdefault(piece, set()).add(neighbour.node_id)
 
     def started(self, neighbour: Neighbour, piece: int) -> None:
@@ -78,7 +78,7 @@ class Requests:
                 del self.arriving[piece]
 
     def _unqueue(self, neighbour: Neighbour, piece: int) -> None:
-        neighbour.queued.discard(piece)
+        neighbour.queued.pop(piece, None)
         holders = self.queued.get(piece)
         if holders is not None:
             holders.discard(neighbour.node_id)
@@ -95,6 +95,7 @@ def choose_requests(
     rng: Random,
     now: float,
     *,
+    patience: float,
     fetching: bool,
     first: Sequence[int] = (),
 ) -> list[tuple[Neighbour, int, bool]]:
@@ -103,6 +104,7 @@ def choose_requests(
     Args:
         missing: Pieces wanted, not held, and not being read from the origin by us.
         counts: How many neighbours hold each piece.
+        patience: Seconds a request may wait before the node it waits at counts as overloaded.
         fetching: Whether we read anything from the origin at the moment.
         first: Pieces a reader waits for, most urgent first; they go before rarity.
     """
@@ -117,8 +119,12 @@ def choose_requests(
         fresh[waiting] = False
     order = [n for n in neighbours if len(n.queued) < policy.queued and n.paused_until <= now]
     rng.shuffle(order)
+    order.sort(key=lambda neighbour: len(neighbour.queued))
     busy = fetching or bool(requests.arriving)
-    room = policy.outstanding - len(requests.arriving) - sum(map(len, requests.queued.values()))
+    # What has waited long sits in the queue of a node that everybody asks; others are asked in its place.
+    expected_since = now - patience
+    expected = sum(asked > expected_since for neighbour in neighbours for asked in neighbour.queued.values())
+    room = policy.outstanding - len(requests.arriving) - expected
     for neighbour in order:
         while len(neighbour.queued) < policy.queued and len(chosen) < room:
             piece = _pick(fresh & neighbour.held, counts, rng, first)
@@ -128,7 +134,7 @@ def choose_requests(
             if piece is None:
                 break
             fresh[piece] = False
-            requests.add(neighbour, piece)
+            requests.add(neighbour, piece, now)
             chosen.append((neighbour, piece, spare))
     return chosen
 

@@ -83,14 +83,19 @@ class Policy:
     stuck_piece_times: float = 24.0
     """A piece at one holder that spreads nothing for max(4 s, 24 piece times); 2 s fires on healthy nodes (1.13 copies)."""
 
-    arriving: int = 4
+    arriving: int = 8
     """Pieces arriving at once; 2 to 8 alike."""
 
-    outstanding: int = 10
+    outstanding: int = 14
     """Requests of one node that wait or arrive, at all neighbours together.  Simulated, 8 to no bound are alike; between real
     hosts, forty let a dozen senders meet at one downlink, and an eighth of all bytes was sent twice."""
 
-    queued: int = 2
+    overloaded: float = 0.5
+    overloaded_piece_times: float = 6.0
+    """A request that has waited so long does not count: with 200 nodes the ten were stuck in the queues of the few that
+    everybody knows, and the last node took 2.2 instead of 1.4 times the floor (simulated)."""
+
+    queued: int = 1
     """Requests queued at each neighbour; 1 costs 7 % of the time."""
 
     endgame_holders: int = 3
