@@ -84,7 +84,7 @@ class Policy:
     """A piece at one holder that spreads nothing for max(4 s, 24 piece times); 2 s fires on healthy nodes (1.13 copies)."""
 
     arriving: int = 8
-    """Pieces arriving at once; 2 to 8 alike."""
+    """Pieces arriving at once, after which nothing more is asked; neighbours send three at a time each, so they overlap."""
 
     outstanding: int = 14
     """Requests of one node that wait or arrive, at all neighbours together.  Simulated, 8 to no bound are alike; between real
@@ -96,7 +96,7 @@ class Policy:
     everybody knows, and the last node took 2.2 instead of 1.4 times the floor (simulated)."""
 
     queued: int = 1
-    """Requests queued at each neighbour; 1 costs 7 % of the time."""
+    """Requests queued at each neighbour.  Simulated, 1 and 2 are alike as long as a neighbour sends several at a time."""
 
     endgame_holders: int = 3
     endgame_holders_starving: int = 16
