@@ -55,5 +55,9 @@ class IdealDiscovery:
     async def withdraw(self, task_id: bytes) -> None:
         self.register.records.get(task_id, {}).pop(self.node.node_id, None)
 
+    def own_record(self, task_id: bytes) -> bytes | None:
+        known = self.register.records.get(task_id, {}).get(self.node.node_id)
+        return known.record if known is not None else None
+
     def read_record(self, record_untrusted: bytes, task_id: bytes) -> Provider | None:
         return self.register.records.get(task_id, {}).get(record_untrusted.removeprefix(b"record:"))

@@ -147,6 +147,10 @@ class Discovery(Protocol):
         """Stop repeating, and leave tombstones at the holders that are reachable now."""
         ...
 
+    def own_record(self, task_id: bytes) -> bytes | None:
+        """Our signed record for peer exchange; `None` if we do not announce the task, or know no address of ours."""
+        ...
+
     def read_record(self, record_untrusted: bytes, task_id: bytes) -> Provider | None:
         """Verify a record that came by peer exchange; `None` if it is not valid, expired, for another task, or our own."""
         ...

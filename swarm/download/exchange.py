@@ -196,6 +196,15 @@ class Exchange:
     def missing(self) -> pieces.PieceSet:
         return self.wanted & ~self.held
 
+    def is_starved(self, now: float) -> bool:
+        """Whether our neighbours keep us waiting: most of what we asked for has been in their queues for long."""
+        asked = [since for neighbour in self.neighbours.values() for since in neighbour.queued.values()]
+        late = now - self._request_patience()
+        return not self.complete and sum(since <= late for since in asked) > len(asked) / 2
+
+    def _request_patience(self) -> float:
+        return max(self.policy.overloaded, self.policy.overloaded_piece_times * self._piece_time)
+
     def held_anywhere(self) -> pieces.PieceSet:
         somewhere = pieces.none(self.geometry.piece_count)
         for neighbour in self.neighbours.values():
@@ -252,13 +261,10 @@ class Exchange:
             starving=not complete and len(self.neighbours) < self.policy.starving,
         )
 
-    def has_room(self, node_id: NodeId, join: wire.Join) -> bool:
+    def has_room(self, join: wire.Join) -> bool:
         """Whether to take a newcomer as a neighbour, or to send it on to others."""
         count = len(self.neighbours)
-        if count < self.policy.accepted or (join.starving and count < self.policy.accepted_starving):
-            return True
-        distance = self.distance(node_id)
-        return not self.outranked and sum(n.distance < distance for n in self.neighbours.values()) < self.policy.mesh
+        return count < self.policy.accepted or (join.starving and count < self.policy.accepted_starving)
 
     def peer_joined(self, node_id: NodeId, join: wire.Join, now: float) -> None:
         """A linked member takes part; a second `Join` replaces what the first said.
@@ -632,7 +638,7 @@ class Exchange:
         holders = [neighbour for neighbour in self.neighbours.values() if neighbour.held.any()]
         for neighbour, piece, spare in choose_requests(
             holders, missing, self.requests, self.counts, self.policy, self._rng, now,
-            patience=max(self.policy.overloaded, self.policy.overloaded_piece_times * self._piece_time),
+            patience=self._request_patience(),
             fetching=bool(self.reading), first=self.first,
         ):  # fmt: skip
             self._do(Request(neighbour.node_id, piece, spare))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import structlog
@@ -15,7 +16,7 @@ from swarm.errors import PeerError
 
 log = structlog.get_logger(__name__)
 
-FIND_AGAIN = (1.0, 5.0, 15.0, 30.0)
+FIND_AGAIN = (1.0, 2.0, 5.0, 15.0, 30.0)
 """Seconds between searches for more members while a download runs; the last repeats."""
 
 DIAL_PATIENCE = 0.15
@@ -58,16 +59,13 @@ class Meeting:
         await self.connect_to(active, found)
 
     async def _keep_looking(self, active: Active) -> None:
-        intervals = iter(FIND_AGAIN)
-        interval = FIND_AGAIN[0]
-        while not active.done.is_set():
-            interval = next(intervals, interval)
+        policy, exchange = self._parts.policy, active.exchange
+        for interval in itertools.chain(FIND_AGAIN, itertools.repeat(FIND_AGAIN[-1])):
             with trio.move_on_after(interval):
                 await active.done.wait()
-            if active.done.is_set():
                 return
-            stuck = trio.current_time() - active.last_byte >= self._parts.policy.progress_after(active.geometry)
-            if stuck or len(active.exchange.neighbours) < self._parts.policy.neighbours:
+            stuck = trio.current_time() - active.last_byte >= policy.progress_after(active.geometry)
+            if stuck or len(exchange.neighbours) < self._enough(active):
                 await self.connect_to(active, await self._parts.discovery.find(active.task.id), nearest=stuck)
 
     async def _first_answers(self, active: Active) -> None:
@@ -82,12 +80,18 @@ class Meeting:
         members.learn(found)
         active.exchange.outranked = members.outranked
         linked = set(active.exchange.neighbours) | active.awaiting
-        # At first only the first to announce are known, to everybody: the rest is chosen when more are.
-        enough = self._parts.policy.neighbours if active.exchange.settled else self._parts.policy.starving
+        enough = self._enough(active)
         async with trio.open_nursery() as nursery:
             for provider in members.to_dial(linked, trio.current_time(), self._parts.rng, enough=enough, nearest=nearest):
                 members.dialling.add(provider.node_id)
                 nursery.start_soon(self._join_with, active, provider)
+
+    def _enough(self, active: Active) -> int:
+        """How many neighbours it is to have."""
+        policy = self._parts.policy
+        if not active.exchange.settled:
+            return policy.starving  # only the first to announce are known, to everybody; the rest is chosen when more are
+        return policy.accepted if active.exchange.is_starved(trio.current_time()) else policy.neighbours
 
     async def _join_with(self, active: Active, provider: Provider) -> None:
         try:
@@ -126,6 +130,10 @@ class Meeting:
         active.greeted.add(link.node_id)
         active.awaiting.add(link.node_id)
         link.post(active.join_message(reply=True))
+        record = self._parts.discovery.own_record(active.task.id)
+        if record is not None:
+            # Who is greeted by many sends them on to one another; the DHT keeps 64 records of a task.
+            link.post(wire.Peers(active.task.id, [record]), urgent=False)
 
     def introduced(self, active: Active, records_untrusted: list[bytes]) -> None:
         """A neighbour told us of other members."""

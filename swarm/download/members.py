@@ -15,6 +15,7 @@ MAX_KNOWN = 512
 """Members remembered per task; the nearest and the most recent suffice to find the others."""
 
 INFINITY = float("inf")
+FARTHEST = 1 << 160
 
 Value = TypeVar("Value")
 
@@ -36,15 +37,15 @@ class Members:
         self._declined: dict[NodeId, float] = {}
         self._seen_claims: dict[bytes, None] = {}
         self._ids: dict[bytes, NodeId] = {}
-        self._outranked: bool | None = None
-        """Worked out anew when members were learned or found dead."""
+        self._mesh_edge: int | None = None
+        """Distance of the last of the nearest; worked out anew when members were learned or found dead."""
         self.dialling: set[NodeId] = set()
 
     def __len__(self) -> int:
         return len(self._known)
 
     def learn(self, found: Iterable[Provider]) -> None:
-        self._outranked = None
+        self._mesh_edge = None
         for provider in found:
             if provider.node_id != self._me:
                 self._known.pop(provider.node_id, None)
@@ -54,7 +55,7 @@ class Members:
 
     def failed(self, node_id: NodeId) -> None:
         """A dial failed; after a few it is no longer tried."""
-        self._outranked = None
+        self._mesh_edge = None
         if node_id not in self._failures:
             _bound(self._failures, MAX_KNOWN)
         self._failures[node_id] = self._failures.get(node_id, 0) + 1
@@ -72,14 +73,19 @@ class Members:
         Members that were never linked count: far from the key nobody connects to the nearest, and who looked at its own
         links only would take itself for one of them.
         """
-        if self._outranked is None:
-            mine = self._distance(self._me)
-            nearer = sum(
-                self._distance(node_id) < mine and self._may_answer(node_id) and provider.state < State.COMPLETE
-                for node_id, provider in self._known.items()
+        return not self.is_near(self._me)
+
+    def is_near(self, node_id: NodeId) -> bool:
+        """Whether a member belongs to the mesh, as far as we know."""
+        if self._mesh_edge is None:
+            distances = (
+                self._distance(known)
+                for known, provider in self._known.items()
+                if self._may_answer(known) and provider.state < State.COMPLETE
             )
-            self._outranked = nearer >= self._policy.mesh
-        return self._outranked
+            nearest = heapq.nsmallest(self._policy.mesh, distances)
+            self._mesh_edge = nearest[-1] if len(nearest) == self._policy.mesh else FARTHEST
+        return self._distance(node_id) <= self._mesh_edge
 
     def to_dial(self, linked: set[NodeId], now: float, rng: Random, *, enough: int, nearest: bool = False) -> list[Provider]:
         """Whom to connect to now.

@@ -736,7 +736,8 @@ class DownloadService:
         active.last_asked = trio.current_time()
         newcomer = link.node_id not in active.exchange.neighbours
         greeted = link.node_id in active.greeted
-        if newcomer and not greeted and not active.exchange.has_room(link.node_id, join):
+        among_nearest = not active.members.outranked and active.members.is_near(link.node_id)
+        if newcomer and not greeted and not among_nearest and not active.exchange.has_room(join):
             link.post(wire.Leave(join.task))
             self._meeting.introduce(active, link)
             return
