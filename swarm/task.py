@@ -96,9 +96,10 @@ class Geometry:
 
     def pieces_covering(self, start: int, stop: int) -> range:
         """The pieces that hold bytes [start, stop)."""
+        stop = min(stop, self.length)
         if start >= stop:
             return range(0)
-        return range(start // self.piece_length, -(-min(stop, self.length) // self.piece_length))
+        return range(start // self.piece_length, -(-stop // self.piece_length))
 
 
 def piece_length_for(length: int) -> int:
