@@ -141,7 +141,7 @@ def test_closing_wakes_whoever_receives() -> None:
     trio.run(main)
 
 
-def test_twenty_nodes_on_loopback_that_announce_at_once_all_know_all_others() -> None:
+def test_twenty_nodes_on_loopback_that_announce_at_once_soon_all_know_all_others() -> None:
     async def main() -> None:
         rng = random.Random(1)
         with trio.fail_after(20), ExitStack() as sockets:
@@ -167,8 +167,12 @@ def test_twenty_nodes_on_loopback_that_announce_at_once_all_know_all_others() ->
                 async with trio.open_nursery() as announcing:
                     for membership, announcer in nodes:
                         announcing.start_soon(announce, membership, announcer)
+                # That one announcement is enough is shown under the virtual clock; here a busy processor may cost an answer.
                 everybody = {membership.node_id for membership, _ in nodes}
-                assert all(members | {own} == everybody for own, members in found.items())
+                for membership, announcer in nodes:
+                    own = membership.node_id
+                    while found[own] | {own} != everybody:
+                        found[own] |= {member.node_id for member in await announcer.find(TASK)}
                 nursery.cancel_scope.cancel()
 
     trio.run(main)
