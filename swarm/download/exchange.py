@@ -25,6 +25,9 @@ from swarm.task import Geometry
 NodeId = bytes
 INFINITY = float("inf")
 
+MAX_TOLD = 4096
+"""Pieces in one message; `wire` refuses more."""
+
 LOSSES_PER_PIECE = 4
 LOSSES_AT_LEAST = 64
 """Pieces a neighbour may withdraw: each a few times, as when liars are found out; who has and has not a piece without end
@@ -446,7 +449,8 @@ class Exchange:
         self._fresh = [piece for piece in self._fresh if piece not in gone]
         for neighbour in self.neighbours.values():
             neighbour.untold = [piece for piece in neighbour.untold if piece not in gone]
-            self._do(Send(neighbour.node_id, wire.Lost(self.task_id, gone)))
+            for start in range(0, len(gone), MAX_TOLD):
+                self._do(Send(neighbour.node_id, wire.Lost(self.task_id, gone[start : start + MAX_TOLD])))
 
     def origin_failed(self, piece: int, now: float, *, pause: float) -> None:
         """Our read of `piece` failed; the claim is given back and the origin left alone for `pause` seconds."""
@@ -616,8 +620,8 @@ class Exchange:
                     self._send_have(neighbour, untold)
 
     def _send_have(self, neighbour: Neighbour, told: list[int]) -> None:
-        for start in range(0, len(told), 4096):
-            self._do(Send(neighbour.node_id, wire.Have(self.task_id, told[start : start + 4096])))
+        for start in range(0, len(told), MAX_TOLD):
+            self._do(Send(neighbour.node_id, wire.Have(self.task_id, told[start : start + MAX_TOLD])))
 
     def _tell_mesh(self, message: wire.TaskMessage) -> None:
         for neighbour in self.mesh():

@@ -52,20 +52,20 @@ class Requests:
 
     Attributes:
         arriving: Piece -> neighbours whose transfer has started.
-        queued: Piece -> neighbours where it waits.
+        queued: Piece -> neighbours where it waits.  Dictionaries, because sets have another order in each process.
     """
 
-    arriving: dict[int, set[NodeId]] = field(default_factory=dict)
-    queued: dict[int, set[NodeId]] = field(default_factory=dict)
+    arriving: dict[int, dict[NodeId, None]] = field(default_factory=dict)
+    queued: dict[int, dict[NodeId, None]] = field(default_factory=dict)
 
     def add(self, neighbour: Neighbour, piece: int, now: float) -> None:
         neighbour.queued[piece] = now
-        self.queued.setdefault(piece, set()).add(neighbour.node_id)
+        self.queued.setdefault(piece, {})[neighbour.node_id] = None
 
     def started(self, neighbour: Neighbour, piece: int) -> None:
         self._unqueue(neighbour, piece)
         neighbour.arriving.add(piece)
-        self.arriving.setdefault(piece, set()).add(neighbour.node_id)
+        self.arriving.setdefault(piece, {})[neighbour.node_id] = None
 
     def ended(self, neighbour: Neighbour, piece: int) -> None:
         """The request was answered, refused, cancelled or lost."""
@@ -73,7 +73,7 @@ class Requests:
         neighbour.arriving.discard(piece)
         holders = self.arriving.get(piece)
         if holders is not None:
-            holders.discard(neighbour.node_id)
+            holders.pop(neighbour.node_id, None)
             if not holders:
                 del self.arriving[piece]
 
@@ -81,7 +81,7 @@ class Requests:
         neighbour.queued.pop(piece, None)
         holders = self.queued.get(piece)
         if holders is not None:
-            holders.discard(neighbour.node_id)
+            holders.pop(neighbour.node_id, None)
             if not holders:
                 del self.queued[piece]
 

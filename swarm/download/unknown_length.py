@@ -35,7 +35,7 @@ class Lobby:
 
     heard: trio.Event = field(default_factory=trio.Event)
     geometry: Geometry | None = None
-    guests: set[NodeId] = field(default_factory=set)
+    guests: dict[NodeId, None] = field(default_factory=dict)
     """Who asked us meanwhile, or was asked: they are told when the geometry is known."""
     awaiting: set[NodeId] = field(default_factory=set)
     """Who was asked, and has neither answered nor gone."""
@@ -48,7 +48,7 @@ class Lobby:
 
     def meet(self, node_id: NodeId) -> None:
         if len(self.guests) < MAX_LOBBY:
-            self.guests.add(node_id)
+            self.guests[node_id] = None
 
     def gone(self, node_id: NodeId) -> None:
         """It does not know either, or went away."""
