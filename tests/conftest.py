@@ -13,7 +13,10 @@ import pytest
 from hypothesis import settings
 
 # The programs of requirements/system-deps.sh that system tests start.
-SYSTEM_PROGRAMS = ("ip", "tc", "iptables", "ip6tables", "curl", "nginx", "faketime")
+SYSTEM_PROGRAMS = (
+    *("ip", "tc", "iptables", "ip6tables", "curl", "nginx", "faketime"),
+    *("docker-registry", "containerd", "ctr", "podman", "skopeo"),
+)
 
 # No deadline: a shared machine stalls for longer than any honest example takes.
 settings.register_profile("swarm", deadline=None, max_examples=100)
