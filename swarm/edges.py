@@ -533,6 +533,14 @@ class Store(Protocol):
         """An async callable awaited with the task id before its content is deleted."""
         ...
 
+    def public_names(self, task_id: bytes) -> list[bytes]:
+        """The ids under which others may be told of this content, the task of its digest first; none until it is complete."""
+        ...
+
+    def on_incomplete(self, callback: Callable[[list[bytes]], None]) -> None:
+        """Called with every id of content that was complete and is not any more: pieces rotted, or its file vanished."""
+        ...
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Batch writer, scrub and watermarks, until cancelled; then everything is flushed."""
         ...

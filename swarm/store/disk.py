@@ -295,7 +295,7 @@ class DiskStore(TaskStore):
             content = known[file]
             unused = not content.references and content.gone is None and content.key in self._contents
             if unused and not (self._tasks_dir / file).exists():
-                self._forget(content)
+                self._vanished(content)
 
     async def _settle_suspects(self) -> None:
         """After an unclean boot, hash what may not have reached the disk before somebody wants it."""

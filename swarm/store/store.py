@@ -92,6 +92,7 @@ class TaskStore(ABC):
         self._next_key = 1
         self._creating = trio.Lock()
         self._evict_callbacks: list[Callable[[bytes], object]] = []
+        self._incomplete_callbacks: list[Callable[[list[bytes]], None]] = []
         self._room_wanted = trio.Event()
         self._closed = False
         self._evicted = self._evicted_bytes = self._rotten = self._scrubbed_bytes = 0
@@ -160,8 +161,18 @@ class TaskStore(ABC):
             return True
         return await self._delete(content)
 
+    def public_names(self, task_id: bytes) -> list[bytes]:
+        content = self._find(task_id)
+        if content is None or content.gone is not None or not content.complete or content.digest is None:
+            return []
+        blob = [] if content.private else [blob_task(content.digest).id]
+        return list(dict.fromkeys([*blob, *(name.task.id for name in content.names.values() if not name.private)]))
+
     def on_evict(self, callback: Callable[[bytes], object]) -> None:
         self._evict_callbacks.append(callback)
+
+    def on_incomplete(self, callback: Callable[[list[bytes]], None]) -> None:
+        self._incomplete_callbacks.append(callback)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         try:
@@ -388,7 +399,7 @@ class TaskStore(ABC):
             content.body = self._open_body(content)
             if content.body is None:
                 log.warning("store_file_missing", content=content.file)
-                self._forget(content)
+                self._vanished(content)
                 return False
             if content.pieces is not None and content.body.seen != content.seen:
                 content.pieces.checked.setall(0)  # changed while it was closed
@@ -398,7 +409,15 @@ class TaskStore(ABC):
             if content.complete and not content.pieces.held.all():
                 content.complete = False  # the record of a loss outlived that of the consequence
                 self._records.content(content)
+                self._tell_incomplete(self._ids(content))
         return True
+
+    def _vanished(self, content: Content) -> None:
+        """Its file was deleted behind our back."""
+        ids = self._ids(content)
+        self._forget(content)
+        if content.complete:
+            self._tell_incomplete(ids)
 
     def _detach(self, content: Content) -> None:
         if content.hasher is not None:
@@ -516,16 +535,22 @@ class TaskStore(ABC):
             return False
         content.gone = trio.Event()
         try:
-            ids = list(content.names)
-            if content.digest is not None and (blob := blob_task(content.digest).id) not in ids:
-                ids.append(blob)
-            await self._tell_evicted(ids)
+            await self._tell_evicted(self._ids(content))
             self._forget(content)
             self._discard(content.file)
             return True
         finally:
             gone, content.gone = content.gone, None
             gone.set()
+
+    def _ids(self, content: Content) -> list[bytes]:
+        """Every id under which this content is found."""
+        blob = [] if content.digest is None else [blob_task(content.digest).id]
+        return list(dict.fromkeys([*content.names, *blob]))
+
+    def _tell_incomplete(self, task_ids: list[bytes]) -> None:
+        for callback in tuple(self._incomplete_callbacks):
+            callback(task_ids)
 
     async def _tell_evicted(self, task_ids: list[bytes]) -> None:
         with trio.move_on_after(EVICT_SECONDS):
@@ -637,14 +662,17 @@ class TaskStore(ABC):
         content.epoch += 1
         content.unsynced = [p for p in content.unsynced if known.held[p]]
         self._records.loss(content, gone)
-        if content.complete:
-            content.complete = False
+        was_complete, content.complete = content.complete, False
+        if was_complete:
             self._records.content(content)
         if content.geometry.offset(gone[0]) < content.hashed_until:
             self._restart_hashing(content)
         for handle in tuple(content.handles):
             if handle is not dropped_by:
                 handle.tell_lost(gone)
+        if was_complete:
+            # Last: by now whoever can repair it is at it.
+            self._tell_incomplete(self._ids(content))
 
     async def verify(self, content: Content) -> list[int]:
         self._notice_changes(content)

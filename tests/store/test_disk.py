@@ -471,7 +471,9 @@ def test_the_scrub_finds_rot_nobody_asked_for_and_never_counts_as_use(tmp_path: 
     flip(prepared(tmp_path / "store", material), 5000)
 
     async def main() -> None:
+        incomplete: list[list[bytes]] = []
         with disk_store(tmp_path / "store", scrub_every_s=0.0, scrub_bytes_per_s=1 << 30) as store:
+            store.on_incomplete(incomplete.append)
             before = store.entries()[0].last_used
             async with trio.open_nursery() as nursery:
                 await nursery.start(store.run)
@@ -481,6 +483,26 @@ def test_the_scrub_finds_rot_nobody_asked_for_and_never_counts_as_use(tmp_path: 
                 nursery.cancel_scope.cancel()
             entry = store.entries()[0]
             assert (entry.held, entry.complete, entry.last_used) == (2, False, before)
+            assert incomplete == [[material.url.id, material.blob.id]]
+
+    run(main)
+
+
+def test_content_whose_file_was_deleted_is_told_of_under_every_id(tmp_path: Path) -> None:
+    first, second = Material(9000), Material(8000, seed=1)
+
+    async def main() -> None:
+        incomplete: list[list[bytes]] = []
+        with disk_store(tmp_path / "store") as store:
+            for material in (first, second):
+                (await complete(store, material.url, material)).close()
+                file_of(store, material.url.id).unlink()
+            store.on_incomplete(incomplete.append)
+            assert store.open(first.url.id) is None
+            assert incomplete == [[first.url.id, first.blob.id]]
+            await store._sweep()
+            assert incomplete[1:] == [[second.url.id, second.blob.id]]
+            assert store.entries() == []
 
     run(main)
 

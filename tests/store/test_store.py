@@ -667,6 +667,65 @@ def test_private_content_is_public_by_digest_once_somebody_got_it_in_public(make
     run(main)
 
 
+def test_content_is_public_under_its_names_and_its_digest_once_it_is_complete(make: Make) -> None:
+    material = Material(9000)
+    other = url_task("http://other/same")
+
+    async def main() -> None:
+        store = make()
+        with await create(store, material.url, material) as task:
+            assert store.public_names(material.url.id) == []
+            write(task, material)
+            await task.complete_with(material.digest)
+        (await complete(store, other, material)).close()
+        for task_id in (material.url.id, other.id, material.blob.id):
+            assert store.public_names(task_id) == [material.blob.id, material.url.id, other.id]
+        assert await store.remove(other.id)
+        assert store.public_names(other.id) == []
+        assert store.public_names(material.blob.id) == [material.blob.id, material.url.id]
+
+    run(main)
+
+
+def test_a_private_name_is_never_told_whoever_else_has_the_content_in_public(make: Make) -> None:
+    material = Material(9000)
+    public = url_task("http://public/same")
+
+    async def main() -> None:
+        store = make()
+        (await complete(store, material.url, material, private=True)).close()
+        assert store.public_names(material.url.id) == store.public_names(material.blob.id) == []
+        (await complete(store, public, material)).close()
+        assert store.public_names(material.url.id) == [material.blob.id, public.id]
+        assert {entry.task.id for entry in store.entries() if not entry.private} == {public.id}
+
+    run(main)
+
+
+def test_content_that_lost_pieces_is_told_of_under_every_id_once_its_readers_know(make: Make) -> None:
+    material = Material(9000)
+
+    async def main() -> None:
+        store = make()
+        told: list[str] = []
+        incomplete: list[list[bytes]] = []
+
+        def lost(ids: list[bytes]) -> None:
+            told.append("all")
+            incomplete.append(ids)
+
+        store.on_incomplete(lost)
+        with await complete(store, material.url, material) as task, opened(store, material.blob.id) as other:
+            other.on_lost(lambda lost: told.append("reader"))
+            task.drop_pieces([1])
+            task.drop_pieces([2])
+            assert told == ["reader", "all", "reader"]
+            assert incomplete == [[material.url.id, material.blob.id]]
+            assert store.public_names(material.url.id) == []
+
+    run(main)
+
+
 def test_a_task_that_becomes_private_half_way_stays_so(make: Make) -> None:
     material = Material(9000)
 
