@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -43,6 +43,10 @@ _SERVICE_LINK: Final = re.compile(
     r"SWARM(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
 """What Kubernetes puts into every container for a Service whose name begins with `swarm`: not meant for us."""
+
+_REGISTRY: Final = re.compile(r"(\*\.)?([a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+_ENDPOINT: Final = re.compile(r"https?://([A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[[0-9a-f:.]+\])(:[0-9]{1,5})?/?")
+_PROGRAM: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 T = TypeVar("T")
 Pairs = tuple[tuple[str, str], ...]
@@ -219,6 +223,88 @@ class EgressSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class RegistrySettings:
+    """One registry, by its name in image references (`"registry.example:5000"`, `"docker.io"`) or `"*.domain"`.
+
+    A registry with a table of its own counts as listed in `mirror.registries`.
+    """
+
+    endpoint: str = setting(
+        "", "Where it answers, if not at `https://` and its name: `http://10.0.0.5:5000`. Plain HTTP must be said here."
+    )
+    rights: str = setting(
+        "",
+        "Who may read what this registry has; empty: as `mirror.rights` says.",
+        choices=("", "auto", "public", "verify", "never"),
+    )
+    repositories: Pairs = setting(
+        (), 'The same by repository: `{ "team/secret" = "never", "team/*" = "verify" }`; the longest fit decides.', unit="table"
+    )
+    username: str = setting("", "User of this node's own credentials; with `password_file`.")
+    password_file: Path | None = setting(None, "File (mode 0600) with the password or token that belongs to `username`.")
+    credential_helper: str = setting(
+        "", "Program that knows this node's own credentials: `ecr-login` runs `docker-credential-ecr-login`."
+    )
+    token_hosts: tuple[str, ...] = setting(
+        (), "Other hosts (`auth.example.com`, `10.0.0.5:5001`) where the registry's tokens come from and credentials may go."
+    )
+    pass_credentials: bool = setting(
+        True, "Pass what a client authenticates with on to this registry, and the registry's challenge on to clients."
+    )
+
+
+Registries = tuple[tuple[str, RegistrySettings], ...]
+"""Tables of registries by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorSettings:
+    """The registry face: container runtimes pull through the swarm."""
+
+    registries: tuple[str, ...] = setting(
+        ("*",),
+        "Registries the mirror reads: names as in image references, `*.domain`, or `*` for any with a public address. Private "
+        "addresses and private images take an entry of their own.",
+    )
+    registry: Registries = setting(
+        (), 'What differs by registry, a table each: `[mirror.registry."registry.example:5000"]`, see below.', unit="registries"
+    )
+    docker_config: Path | None = setting(
+        None,
+        "A Docker `config.json` with this node's own credentials (`auths`, `credHelpers`, `credsStore`). Whoever reaches the "
+        "mirror may then read what they open.",
+    )
+    rights: str = setting(
+        "auto",
+        "Who may read what: `public` asks nobody, `verify` asks the registry with the client's own credentials before a byte "
+        "leaves, `never` does so too and keeps the content on this node, `auto` is `verify` where the registry asks for "
+        "credentials.",
+        choices=("auto", "public", "verify", "never"),
+    )
+    rights_cache: float = setting(
+        120.0,
+        "How long a yes of the registry is remembered; a no is, for ten seconds.",
+        unit="duration",
+        at_least=0,
+        at_most=300,
+    )
+    rights_stale: float = setting(
+        0.0,
+        "How long after that a yes still counts while the registry does not answer. 0: what may be private is refused.",
+        unit="duration",
+        at_least=0,
+        at_most=86400,
+    )
+    registry_timeout: float = setting(
+        5.0,
+        "Longest wait for what a registry says (manifests, rights, tokens), retries included.",
+        unit="duration",
+        at_least=0.1,
+        at_most=60,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class HttpSettings:
     """The node's own HTTP face: metrics, health, read-only views."""
 
@@ -258,6 +344,7 @@ class Settings:
     store: StoreSettings = field(default_factory=StoreSettings)
     origin: OriginSettings = field(default_factory=OriginSettings)
     egress: EgressSettings = field(default_factory=EgressSettings)
+    mirror: MirrorSettings = field(default_factory=MirrorSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
@@ -348,6 +435,9 @@ def check(settings: Settings) -> None:
             f"refusing to listen on {network.listen} without a network: anyone who reaches it could join; give --network DIR "
             "(see `swarm network create`), or say --open-network if that is what you want, or listen on 127.0.0.1"
         )
+    for name in settings.mirror.registries:
+        if name != "*":
+            _registry_name(name, "mirror.registries")
     if settings.store.low_watermark > settings.store.high_watermark:
         raise ConfigError(
             f"store.low_watermark ({settings.store.low_watermark}) is above store.high_watermark "
@@ -486,6 +576,8 @@ def _read(value: object, kind: Any, meta: Meta, what: str) -> object:
         kind = next(arm for arm in get_args(kind) if arm is not type(None))
     if meta.unit == "table":
         return _pairs(value, what)
+    if meta.unit == "registries":
+        return _registries(value, what)
     if get_origin(kind) is tuple:
         items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
@@ -517,6 +609,54 @@ def _pairs(value: object, what: str) -> Pairs:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise ConfigError(f'{what} = {shown(value)}: expected a table of texts, {{ "name" = "value" }}')
     return tuple(value.items())
+
+
+def _registries(value: object, what: str) -> Registries:
+    """A TOML table of tables, or one as text."""
+    if isinstance(value, str):
+        import tomllib
+
+        try:
+            value = tomllib.loads(f"it = {value}" if value.strip() else "it = {}")["it"]
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f'{what}: expected a TOML table, {{ "registry.example" = {{ rights = "verify" }} }}') from error
+    if not isinstance(value, dict):
+        raise ConfigError(f'{what}: expected tables; write [mirror.registry."registry.example:5000"] and its settings below it')
+    return tuple((_registry_name(name, what), _registry(name, table, f"{what}.{name}")) for name, table in value.items())
+
+
+def _registry_name(name: str, what: str) -> str:
+    if not _REGISTRY.fullmatch(name.lower()):
+        raise ConfigError(f"{what}: {shown(name)} names no registry; write host, host:port or *.domain, without http://")
+    return name.lower()
+
+
+def _registry(name: str, table: object, what: str) -> RegistrySettings:
+    known = {item.name for item in fields(RegistrySettings)}
+    if not isinstance(table, dict):
+        raise ConfigError(f"{what}: expected a table of settings")
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{what}: unknown setting {key}{_nearest(key, sorted(known))}")
+    found = _build(RegistrySettings, "", {key: (value, what) for key, value in table.items()})
+    if found.endpoint and not _ENDPOINT.fullmatch(found.endpoint):
+        raise ConfigError(
+            f"{what}: endpoint = {shown(found.endpoint)}: expected http://host:port or https://host:port, no path"
+        )
+    if name.startswith("*.") and (found.endpoint or found.username or found.credential_helper):
+        raise ConfigError(f"{what}: endpoint and credentials belong to one registry; give it a table of its own")
+    if bool(found.username) != (found.password_file is not None):
+        raise ConfigError(f"{what}: username and password_file go together")
+    if found.credential_helper and (found.username or not _PROGRAM.fullmatch(found.credential_helper)):
+        raise ConfigError(f"{what}: credential_helper is the end of a program's name (ecr-login), and excludes username")
+    for pattern, rights in found.repositories:
+        if rights not in ("auto", "public", "verify", "never"):
+            raise ConfigError(
+                f"{what}: repositories: {shown(pattern)} = {shown(rights)}: must be auto, public, verify or never"
+            )
+    for host in found.token_hosts:
+        _registry_name(host, f"{what}: token_hosts")
+    return found
 
 
 def _text(value: object, what: str) -> str:
@@ -585,7 +725,27 @@ def reference() -> str:
             f"| `{key}` | {_default_text(default, meta)} | {_kind_text(kind, meta)} "
             f"| {meta.text}{flag} `{variable_name(name)}` |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_registry_lines()]) + "\n"
+
+
+def _registry_lines() -> list[str]:
+    hints = get_type_hints(RegistrySettings)
+    title, *rest = (RegistrySettings.__doc__ or "").strip().splitlines()
+    text = " ".join([title, *(line.strip() for line in rest if line.strip())])
+    lines = [
+        "",
+        '## `[mirror.registry."..."]`',
+        "",
+        text,
+        "",
+        "| setting | default | value | what it does |",
+        "|---|---|---|---|",
+    ]
+    for item in fields(RegistrySettings):
+        meta = item.metadata["swarm"]
+        kind = _kind_text(hints[item.name], replace(meta, choices=tuple(choice for choice in meta.choices if choice)))
+        lines.append(f"| `{item.name}` | {_default_text(item.default, meta)} | {kind} | {meta.text} |")
+    return lines
 
 
 _REFERENCE_HEAD: Final = """\
@@ -606,7 +766,7 @@ def _default_text(default: object, meta: Meta) -> str:
     if default is None:
         return "see right"
     if isinstance(default, tuple):
-        return "none" if not default else f"`{default}`"
+        return ", ".join(f"`{item}`" for item in default) or "none"
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
     if isinstance(default, (int, float)):
@@ -617,6 +777,8 @@ def _default_text(default: object, meta: Meta) -> str:
 def _kind_text(kind: Any, meta: Meta) -> str:
     if meta.unit == "table":
         return "table of texts"
+    if meta.unit == "registries":
+        return "tables"
     words = {"listen": "host:port", "endpoint": "host:port", "fraction": "share", "": ""}
     word = words.get(meta.unit, meta.unit) or (
         " or ".join(f"`{choice}`" for choice in meta.choices) if meta.choices else _type_word(kind)

@@ -213,6 +213,59 @@ def test_numbers_for_people():
     ]
 
 
+def test_a_registry_has_a_table_of_its_own(tmp_path):
+    got = read(
+        tmp_path,
+        '[mirror]\nregistries = ["docker.io", "*.corp.example"]\n[mirror.registry."Registry.example:5000"]\n'
+        'endpoint = "http://10.0.0.5:5000"\nrights = "verify"\ntoken_hosts = ["auth.example"]\n'
+        'repositories = { "team/*" = "never" }\nusername = "node"\npassword_file = "/run/secret"\n',
+    )
+    assert got.mirror.registries == ("docker.io", "*.corp.example")
+    [(name, registry)] = got.mirror.registry
+    assert name == "registry.example:5000"
+    assert registry == config.RegistrySettings(
+        endpoint="http://10.0.0.5:5000",
+        rights="verify",
+        token_hosts=("auth.example",),
+        repositories=(("team/*", "never"),),
+        username="node",
+        password_file=Path("/run/secret"),
+    )
+
+
+def test_a_container_can_be_given_registries_in_its_environment():
+    text = '{ "r:5000" = { endpoint = "http://r:5000" }, "docker.io" = { rights = "public" } }'
+    got = load(environment={"SWARM_MIRROR_REGISTRY": text, "SWARM_CONFIG": "/dev/null"})
+    assert [(name, registry.endpoint, registry.rights) for name, registry in got.mirror.registry] == [
+        ("r:5000", "http://r:5000", ""),
+        ("docker.io", "", "public"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[mirror]\nregistries = ["https://docker.io"]', "names no registry"),
+        ("[mirror]\nregistry = 5", "expected tables"),
+        ("[mirror.registry]\nr = 5", "expected a table of settings"),
+        ("[mirror.registry.r]\nright = 'verify'", "did you mean rights"),
+        ("[mirror.registry.r]\nrights = 'all'", "must be one of"),
+        ("[mirror.registry.'r/team']\nrights = 'verify'", "names no registry"),
+        ("[mirror.registry.r]\nendpoint = 'http://user@r'", "expected http://host:port"),
+        ("[mirror.registry.r]\nendpoint = 'http://r/v2'", "no path"),
+        ("[mirror.registry.'*.r']\nendpoint = 'http://r'", "a table of its own"),
+        ("[mirror.registry.r]\nusername = 'u'", "go together"),
+        ("[mirror.registry.r]\ncredential_helper = '../../bin/sh'", "end of a program's name"),
+        ("[mirror.registry.r]\nrepositories = { a = 'sometimes' }", "must be auto, public, verify or never"),
+        ("[mirror.registry.r]\ntoken_hosts = ['http://a/']", "names no registry"),
+        ("[mirror]\nrights_cache = 301", "at most"),
+    ],
+)
+def test_a_registry_that_makes_no_sense_is_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read(tmp_path, text)
+
+
 def test_the_reference_is_what_the_code_says():
     page = Path(__file__).parent.parent / "docs/reference/configuration.md"
     assert page.read_text() == config.reference(), "run: python -m swarm.config > docs/reference/configuration.md"
