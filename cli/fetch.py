@@ -7,16 +7,16 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
 from cli.options import config_option, data_dir_option, join_option, json_option
 from cli.output import emit_json
-from swarm.control.client import Answer, DaemonWentAway, ask
+from swarm.control.client import Answer, Arriving, DaemonWentAway, ask
 from swarm.errors import ConfigError, DaemonUnreachable, Interrupted, StoreBusy
 
 if TYPE_CHECKING:
@@ -78,28 +78,39 @@ def fetch(
       swarm fetch https://example.com/private.bin -o private.bin --header 'Authorization: Bearer ...'
       swarm fetch sha256:9f86d081884c7d65... -o model.bin --join 10.0.0.7:7400
     """
-    from swarm.export import check_target, export
+    from swarm.export import Export, check_target
 
     if output == "-" and as_json:
         raise ConfigError("--json and -o - both want standard output: give a file to one of them")
     target = Path(output)
     check_target(target, overwrite=overwrite)
     parameters = {**plain, **_what(url, digest), "headers": [_header(text) for text in headers], "range": _range(byte_range)}
-    with _termination_as_interrupt(), _display(progress, as_json) as display:
+    with (
+        _termination_as_interrupt(),
+        _display(progress, as_json) as display,
+        Export(target, overwrite=overwrite) as export,
+    ):
         parameters["progress"] = display is not None
-        answer = _ask(parameters, display, config=config, data_dir=data_dir, join=join, embedded=embedded)
+        ways = _Ways(display, None if hard_link or output == "-" else export)
+        answer = _ask(parameters, ways, config=config, data_dir=data_dir, join=join, embedded=embedded)
         try:
             stored = answer.result["store_path"]
-            export(
+            export.finish(
                 answer.fd,
-                target,
-                overwrite=overwrite,
+                name=answer.result["task"],
                 expect_length=answer.result["bytes"],
                 hard_link_from=Path(stored) if hard_link and stored else None,
             )
         finally:
             answer.close()
     _report(answer.result, target, as_json)
+
+
+class _Ways(NamedTuple):
+    """What is told while a fetch runs."""
+
+    display: Callable[[dict[str, Any]], None] | None
+    arriving: Arriving | None
 
 
 def _what(url: str, digest: str | None) -> dict[str, Any]:
@@ -131,7 +142,7 @@ def _range(text: str | None) -> list[int | None] | None:
 
 def _ask(
     parameters: dict[str, Any],
-    display: Any,
+    ways: _Ways,
     *,
     config: Path | None,
     data_dir: Path | None,
@@ -145,17 +156,17 @@ def _ask(
         directory = locate_data_dir(data_dir)
         for _ in range(TAKE_OVERS):
             try:
-                return ask(directory, "fetch", parameters, display)
+                return ask(directory, "fetch", parameters, ways.display, ways.arriving)
             except DaemonWentAway:
                 continue
             except DaemonUnreachable:
                 break
-    return _ask_here(parameters, display, config=config, data_dir=data_dir, join=join, embedded=embedded)
+    return _ask_here(parameters, ways, config=config, data_dir=data_dir, join=join, embedded=embedded)
 
 
 def _ask_here(
     parameters: dict[str, Any],
-    display: Any,
+    ways: _Ways,
     *,
     config: Path | None,
     data_dir: Path | None,
@@ -173,23 +184,23 @@ def _ask_here(
     while True:
         try:
             if not embedded:
-                return ask(settings.directory, "fetch", parameters, display)
+                return ask(settings.directory, "fetch", parameters, ways.display, ways.arriving)
         except DaemonWentAway:
             deadline = time.monotonic() + OPENING_SECONDS  # it was there: whoever is next has its own time to open
         except DaemonUnreachable:
             pass
         try:
             with EmbeddedNode(settings) as node:
-                return _ask_own(node, settings.directory, parameters, display)
+                return _ask_own(node, settings.directory, parameters, ways)
         except StoreBusy:
             if embedded or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
 
 
-def _ask_own(node: EmbeddedNode, directory: Path, parameters: dict[str, Any], display: Any) -> Answer:
+def _ask_own(node: EmbeddedNode, directory: Path, parameters: dict[str, Any], ways: _Ways) -> Answer:
     try:
-        return ask(directory, "fetch", parameters, display)
+        return ask(directory, "fetch", parameters, ways.display, ways.arriving)
     except DaemonUnreachable:
         node.check()  # what ended our own node says more than that it is gone
         raise

@@ -491,8 +491,8 @@ class StoredTask(Protocol):
         """Where the bytes are (for a hard link); `None` if they are in memory."""
         ...
 
-    def open_read_only(self) -> int:
-        """A new read-only descriptor of the complete content; the caller closes it."""
+    def open_read_only(self, *, partial: bool = False) -> int:
+        """A new read-only descriptor of the complete content, or with `partial` of what there is; the caller closes it."""
         ...
 
     def close(self) -> None: ...

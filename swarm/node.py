@@ -97,8 +97,13 @@ class Node:
 
     # --- fetching -------------------------------------------------------------------------------------------------
 
-    async def fetch(self, request: FetchRequest, progress: Callable[[Progress], None] | None) -> tuple[Fetched, Content]:
-        """Have the content, and open it.
+    async def fetch(
+        self,
+        request: FetchRequest,
+        progress: Callable[[Progress], None] | None,
+        opened: Callable[[StoredTask], None] | None = None,
+    ) -> tuple[Fetched, Content]:
+        """Have the content, and open it; `opened` as for `DownloadService.fetch`.
 
         What an earlier run left in the store is hashed before it is handed out; what rotted is fetched again.
 
@@ -106,7 +111,7 @@ class Node:
             SwarmError: As `DownloadService.fetch`.
         """
         for _ in range(REPAIRS):
-            fetched, stored = await self._swarm.service.fetch(request, progress)
+            fetched, stored = await self._swarm.service.fetch(request, progress, opened)
             try:
                 rotten = await stored.verify() if fetched.from_local else []
                 if not rotten:

@@ -225,7 +225,8 @@ def test_a_file_that_appears_while_we_copy_is_not_replaced(
     original = export_module._copy
 
     def copy(*arguments: Any) -> str:
-        (out / "file").write_text("mine")
+        if not (out / "file").exists():
+            (out / "file").write_text("mine")
         return original(*arguments)
 
     monkeypatch.setattr(export_module, "_copy", copy)
@@ -321,9 +322,11 @@ def test_a_link_planted_under_the_temporary_name_is_not_written_through(
     victim.write_text("precious")
     monkeypatch.setattr(os, "urandom", bytes)
     (out / f".file.{bytes(6).hex()}.part").symlink_to(victim)
+    (out / "file").write_text("mine")
     with pytest.raises(TargetError, match="File exists"):
-        put(source, out / "file")
+        put(source, out / "file", overwrite=True)
     assert victim.read_text() == "precious"
+    assert (out / "file").read_text() == "mine"
 
 
 def test_somebody_who_swaps_the_target_all_the_time_gets_nothing_written_through(tmp_path: Path, out: Path) -> None:
@@ -381,7 +384,7 @@ def test_no_permission_is_said_before_and_after(source: int, out: Path, monkeypa
     original = os.open
 
     def denied(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
-        if flags & os.O_CREAT:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
             raise PermissionError(errno.EACCES, "Permission denied")
         return original(path, flags, *arguments, **options)
 
@@ -421,7 +424,6 @@ def test_ctrl_c_leaves_no_half_file(source: int, out: Path, monkeypatch: pytest.
     monkeypatch.setattr(fcntl, "ioctl", fails_with(errno.EOPNOTSUPP))
 
     def interrupted(*_: Any) -> int:
-        assert len(names(out)) == 2
         signal.raise_signal(signal.SIGINT)
         return 0
 

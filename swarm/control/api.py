@@ -6,13 +6,14 @@ import array
 import contextlib
 import os
 import socket as stdlib_socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import structlog
 import trio
 
+from swarm.control.arriving import Arriving, Told
 from swarm.control.protocol import (
     MAX_REQUEST_BYTES,
     SOCKET_NAME,
@@ -38,6 +39,9 @@ REQUEST_SECONDS: Final = 10.0
 PROGRESS_SECONDS: Final = 0.2
 """At most five progress lines a second: as often as a person can see."""
 
+ARRIVING_SECONDS: Final = 1.0
+"""How often a command is told what can be copied: what is left at the end is copied in a fraction of this."""
+
 BACKLOG: Final = 128
 MAX_HEADERS: Final = 64
 """Extra request headers of one fetch; more than any origin takes."""
@@ -61,7 +65,12 @@ class Content(Protocol):
 class Node(Protocol):
     """What the control socket asks of the node.  Names of tasks are as people give them."""
 
-    async def fetch(self, request: FetchRequest, progress: Callable[[Progress], None] | None) -> tuple[Fetched, Content]: ...
+    async def fetch(
+        self,
+        request: FetchRequest,
+        progress: Callable[[Progress], None] | None,
+        opened: Callable[[Arriving], None] | None,
+    ) -> tuple[Fetched, Content]: ...
     def status(self) -> dict[str, Any]: ...
     def tasks(self) -> list[dict[str, Any]]: ...
     def task(self, name: str) -> dict[str, Any]: ...
@@ -210,9 +219,9 @@ class _Conversation:
             log.exception("control request failed")
             await self._send_if_there(error_message(SwarmError("the daemon failed to answer; its log says why")))
 
-    async def _send_if_there(self, message: dict[str, Any]) -> None:
+    async def _send_if_there(self, message: dict[str, Any], descriptor: int = -1) -> None:
         with contextlib.suppress(OSError):
-            await self._send(message)
+            await self._send(message, descriptor)
 
     async def _simple(self, request: dict[str, Any]) -> Any:
         node = self._node
@@ -235,12 +244,18 @@ class _Conversation:
                 raise ConfigError(f"the daemon does not know the request {other!r}; is it older than this command?")
 
     async def _fetch(self, request: dict[str, Any]) -> None:
-        wait = _Wait(self._node, fetch_request(request), progress=bool(request.get("progress")))
+        early = request.get("early") is True and request.get("range") is None
+        wait = _Wait(self._node, fetch_request(request), progress=bool(request.get("progress")), early=early)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(wait.run)
-                async for progress in wait.progress():  # one writer: a line cut by a cancellation would garble the next
-                    await self._send_if_there({"progress": progress_view(progress)})
+                # One writer: a line cut short would garble the next.
+                async for message, descriptor in wait.messages():
+                    try:
+                        await self._send_if_there(message, descriptor)
+                    finally:
+                        if descriptor >= 0:
+                            os.close(descriptor)
             fetched, content = wait.outcome()
             descriptor = content.open_read_only()
             try:
@@ -261,13 +276,16 @@ class _Conversation:
 
 
 class _Wait:
-    """One fetch that a client waits for: the newest progress while it runs, then how it ended."""
+    """One fetch that a client waits for: what is new while it runs, then how it ended."""
 
-    def __init__(self, node: Node, request: FetchRequest, *, progress: bool) -> None:
+    def __init__(self, node: Node, request: FetchRequest, *, progress: bool, early: bool) -> None:
         self._node = node
         self._request = request
         self._wanted = progress
+        self._early = early
         self._latest: Progress | None = None
+        self._told: Told | None = None
+        self._opened: Told | None = None
         self._news = trio.Event()
         self._done = trio.Event()
         self._result: tuple[Fetched, Content] | None = None
@@ -275,7 +293,9 @@ class _Wait:
 
     async def run(self) -> None:
         try:
-            self._result = await self._node.fetch(self._request, self._tell if self._wanted else None)
+            self._result = await self._node.fetch(
+                self._request, self._tell if self._wanted else None, self._open if self._early else None
+            )
         except SwarmError as error:
             self._error = error
         finally:
@@ -286,17 +306,47 @@ class _Wait:
         self._latest = progress
         self._news.set()
 
-    async def progress(self) -> AsyncIterator[Progress]:
-        """Snapshots, no more often than a person can see, until the fetch ends."""
+    def _open(self, content: Arriving) -> None:
+        if self._opened is not None:
+            self._opened.close()
+        self._opened = Told(content)
+        self._news.set()
+
+    async def messages(self) -> AsyncIterator[tuple[dict[str, Any], int]]:
+        """Lines to send, each with -1 or a descriptor to close, no more often than a person can see, until the fetch ends."""
+        looked = trio.current_time()
         while not self._done.is_set():
-            await self._news.wait()
+            with trio.move_on_at(looked + ARRIVING_SECONDS if self._told is not None else float("inf")):
+                await self._news.wait()
             self._news = trio.Event()
+            if self._opened is not None:
+                for opening in self._opening(self._opened):
+                    yield opening
             if self._done.is_set():
-                return
+                break
             if self._latest is not None:
-                yield self._latest
+                yield {"progress": progress_view(self._latest)}, -1
+                self._latest = None
+            if self._told is not None and trio.current_time() >= looked + ARRIVING_SECONDS:
+                looked = trio.current_time()
+                for message in self._told.news():
+                    yield message, -1
             with trio.move_on_after(PROGRESS_SECONDS):
                 await self._done.wait()
+        if self._told is not None:
+            for message in self._told.losses():
+                yield message, -1
+
+    def _opening(self, opened: Told) -> Iterator[tuple[dict[str, Any], int]]:
+        if self._told is not None:
+            self._told.close()
+        self._told, self._opened = opened, None
+        try:
+            yield opened.opening()
+        except StoreError as error:  # it is copied at the end then, or fails there
+            log.debug("content is not handed out early", reason=str(error))
+            self._told.close()
+            self._told = None
 
     def outcome(self) -> tuple[Fetched, Content]:
         """How it ended; `close` closes the content.
@@ -311,6 +361,9 @@ class _Wait:
         return self._result
 
     def close(self) -> None:
+        for told in (self._told, self._opened):
+            if told is not None:
+                told.close()
         if self._result is not None:
             self._result[1].close()
 

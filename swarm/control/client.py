@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from swarm.control.protocol import MAX_REPLY_BYTES, SOCKET_NAME, decode_line, encode_line, error_from, reachable_path
 from swarm.errors import DaemonUnreachable, NotPermitted
@@ -38,6 +38,14 @@ class Answer:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+class Arriving(Protocol):
+    """Told of content while it arrives: `export.Export`.  Its errors end the wait."""
+
+    def arriving(self, fd: int, name: str, length: int, piece_length: int) -> None: ...
+    def verified(self, first: int, stop: int) -> None: ...
+    def lost(self) -> None: ...
 
 
 class ControlConnection:
@@ -79,20 +87,22 @@ class ControlConnection:
         operation: str,
         parameters: dict[str, Any] | None = None,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
+        arriving: Arriving | None = None,
     ) -> Answer:
-        """Send the request and wait for its result.
+        """Send the request and wait for its result; `arriving` is told of content that can be copied meanwhile.
 
         Raises:
             DaemonWentAway: The node left before it answered.
             SwarmError: What the node says went wrong.
         """
         try:
-            self._socket.sendall(encode_line({"op": operation, **(parameters or {})}))
-            return self._receive(on_progress)
+            early = {"early": True} if arriving is not None else {}
+            self._socket.sendall(encode_line({"op": operation, **(parameters or {}), **early}))
+            return self._receive(on_progress, arriving)
         except ConnectionError as error:
             raise DaemonWentAway("the daemon went away before it answered; run the command again to resume") from error
 
-    def _receive(self, on_progress: Callable[[dict[str, Any]], None] | None) -> Answer:
+    def _receive(self, on_progress: Callable[[dict[str, Any]], None] | None, arriving: Arriving | None) -> Answer:
         buffer = bytearray()
         searched = 0  # where no line end was found yet: a long line is not searched from its beginning again
         descriptors: list[int] = []
@@ -118,6 +128,14 @@ class ControlConnection:
                     raise error_from(message)
                 if on_progress is not None and "progress" in message:
                     on_progress(message["progress"])
+                if arriving is not None and "arriving" in message and descriptors:
+                    what = message["arriving"]
+                    arriving.arriving(descriptors.pop(0), what["task"], what["length"], what["piece_length"])
+                if arriving is not None and "lost" in message:
+                    arriving.lost()
+                if arriving is not None and "verified" in message:
+                    for first, stop in message["verified"]:
+                        arriving.verified(first, stop)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -128,6 +146,7 @@ def ask(
     operation: str,
     parameters: dict[str, Any] | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
+    arriving: Arriving | None = None,
 ) -> Answer:
     """Connect, ask once, close.
 
@@ -135,4 +154,4 @@ def ask(
         As `ControlConnection` and its `ask`.
     """
     with ControlConnection(data_dir) as connection:
-        return connection.ask(operation, parameters, on_progress)
+        return connection.ask(operation, parameters, on_progress, arriving)

@@ -171,8 +171,15 @@ class DownloadService:
     # --- fetching --------------------------------------------------------------------------------------------
 
     async def fetch(
-        self, request: FetchRequest, progress: Callable[[Progress], None] | None = None
+        self,
+        request: FetchRequest,
+        progress: Callable[[Progress], None] | None = None,
+        opened: Callable[[StoredTask], None] | None = None,
     ) -> tuple[Fetched, StoredTask]:
+        Args:
+            opened: Called with a handle of its own, which it closes, when content that is not complete yet begins to arrive;
+                again if that starts over as other content.
+
         """Have the content complete and verified in the store.
 
         Returns:
@@ -186,10 +193,10 @@ class DownloadService:
         begun = trio.current_time()
         try:
             try:
-                result = await self._fetch_once(request, progress, begun)
+                result = await self._fetch_once(request, progress, opened, begun)
             except ContentChanged:
                 # One clean restart: the new version is another task, and nothing of the old one gets into it.
-                result = await self._fetch_once(request, progress, begun)
+                result = await self._fetch_once(request, progress, opened, begun)
         except SwarmError as error:
             self.totals.fetches[error.kind] += 1
             raise
@@ -199,7 +206,11 @@ class DownloadService:
         return result
 
     async def _fetch_once(
-        self, request: FetchRequest, progress: Callable[[Progress], None] | None, begun: float
+        self,
+        request: FetchRequest,
+        progress: Callable[[Progress], None] | None,
+        opened: Callable[[StoredTask], None] | None,
+        begun: float,
     ) -> tuple[Fetched, StoredTask]:
         if progress is not None:
             progress(Progress(b"", None, 0, 0, 0, 0, 0, "resolving"))
@@ -213,6 +224,8 @@ class DownloadService:
         if stored is not None:
             stored.close()
         active = await self._activate(task, info, request)
+            if opened is not None and not active.done.is_set():
+                opened(self._open_again(active))
         active.waiters += 1
         try:
             await self._wait(active, progress)

@@ -124,8 +124,8 @@ class OpenTask:
         """
         await self._store.complete(self, digest)
 
-    def open_read_only(self) -> int:
-        if not self.complete:
+    def open_read_only(self, *, partial: bool = False) -> int:
+        if not (partial or self.complete):
             raise LocalProtocolError(f"task {self.task.short} is not complete")
         return self.content.opened.open_read_only()
 

@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from swarm.control.api import ControlServer
+from swarm.control.arriving import Arriving
 from swarm.download.request import Fetched, FetchRequest, Progress
 from swarm.errors import NotFoundAtOrigin, SwarmError
 from swarm.metrics import Histogram, Sample
@@ -58,7 +59,12 @@ class FakeNode:
         self.is_ready = True
         self.durations = Histogram()
 
-    async def fetch(self, request: FetchRequest, progress: Callable[[Progress], None] | None) -> tuple[Fetched, FakeContent]:
+    async def fetch(
+        self,
+        request: FetchRequest,
+        progress: Callable[[Progress], None] | None,
+        opened: Callable[[Arriving], None] | None = None,
+    ) -> tuple[Fetched, FakeContent]:
         self.requests.append(request)
         self.started.set()
         for done in range(self.snapshots):
