@@ -349,19 +349,31 @@ class SimulatedOrigin:
 
 @dataclass(slots=True)
 class OriginReading:
+    """Not an async generator: one that is left half-way must be closed by hand."""
+
     content: Content
     start: int
     blocks: trio.MemoryReceiveChannel[int]
+    position: int = 0
 
     @property
     def length(self) -> int | None:
         return len(self.content.bytes)
 
-    async def chunks(self) -> AsyncIterator[memoryview]:
-        position = self.start
-        async for size in self.blocks:
-            yield memoryview(self.content.bytes)[position : position + size]
-            position += size
+    def chunks(self) -> OriginReading:
+        self.position = self.start
+        return self
+
+    def __aiter__(self) -> OriginReading:
+        return self
+
+    async def __anext__(self) -> memoryview:
+        try:
+            size = await self.blocks.receive()
+        except trio.EndOfChannel:
+            raise StopAsyncIteration from None
+        self.position += size
+        return memoryview(self.content.bytes)[self.position - size : self.position]
 
 
 @dataclass(slots=True)
