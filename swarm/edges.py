@@ -317,17 +317,35 @@ class PeerNetwork(Protocol):
 # --- origin ------------------------------------------------------------------------------------------------------
 
 
+class Authorization(Protocol):
+    """What a source is read with where that changes over time (tokens).  Equal ones open the same; hashable."""
+
+    async def headers(self) -> tuple[tuple[str, str], ...]:
+        """For the next request to the host of the source's URL; no redirect takes them to another.
+
+        Raises:
+            OriginError, NotPermitted: There is nothing to authorise a request with.
+        """
+        ...
+
+    def refused(self, headers: tuple[tuple[str, str], ...], challenges: tuple[str, ...]) -> bool:
+        """That host answered 401 to these headers.  Whether `headers` will have others to try with."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where content comes from, as its requester gave it.  Headers and userinfo go to the origin only.
 
     Attributes:
         requester: Row of the egress table: "user", "mirror", "proxy" or "job".
+        authorization: Asked for headers when a request is made, so that a token that ran out is replaced.
     """
 
     url: str
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     requester: str = "user"
+    authorization: Authorization | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         from swarm.task import canonical_url

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Final
@@ -84,6 +84,21 @@ class Plan:
     wanted: int | None
     length: int | None
     encoding: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer, kept in memory.
+
+    Attributes:
+        challenges: Every `WWW-Authenticate`, as it came.
+        body: Empty but for 2xx.
+    """
+
+    status: int
+    headers: Headers = field(repr=False)
+    challenges: tuple[str, ...] = field(default=(), repr=False)
+    body: bytes = field(default=b"", repr=False)
 
 
 def parse_content_range(text: str) -> ContentRange | None:

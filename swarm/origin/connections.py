@@ -46,6 +46,8 @@ KEEP_ALIVE: Final = 30.0
 PROXIED_LOOKUP_SECONDS: Final = 3.0
 """Behind an outgoing proxy there is often no DNS for the outside; do not wait for it before each request."""
 
+MAX_CHALLENGES: Final = 8
+
 MAX_DRAIN_BYTES: Final = 64 * 1024
 """The body of a redirect or an error is read to its end if it is no longer, so that the connection can be used again."""
 
@@ -63,6 +65,10 @@ class Target:
     def explicit_port(self) -> int | None:
         """The port, unless it is the scheme's own."""
         return None if self.port == (443 if self.scheme == "https" else 80) else self.port
+
+    def is_host_of(self, other: Target) -> bool:
+        """Whether both are the same server, whatever either may reach."""
+        return (self.scheme, self.host, self.port) == (other.scheme, other.host, other.port)
 
     @property
     def authority(self) -> str:
@@ -97,6 +103,12 @@ class Exchange:
     @property
     def health(self) -> Health:
         return self._host.health
+
+    @property
+    def challenges(self) -> tuple[str, ...]:
+        """Every `WWW-Authenticate`: a server that takes several kinds of credentials sends several."""
+        named = (value.decode("latin-1") for name, value in self._response.headers if name.lower() == b"www-authenticate")
+        return tuple(named)[:MAX_CHALLENGES]
 
     @property
     def from_public(self) -> bool:
@@ -157,9 +169,15 @@ class Connections:
         self._proxy = _read_proxy(settings.proxy)
 
     async def exchange(
-        self, target: Target, method: str, path: bytes, headers: list[tuple[str, str]], timeouts: dict[str, float]
+        self,
+        target: Target,
+        method: str,
+        path: bytes,
+        headers: list[tuple[str, str]],
+        timeouts: dict[str, float],
+        body: bytes = b"",
     ) -> Exchange:
-        """Send one request without a body and wait for the head of its answer.
+        """Send one request and wait for the head of its answer.
 
         Args:
             path: Path and query, ASCII.
@@ -179,7 +197,7 @@ class Connections:
             raise
         try:
             public = await self._check_behind_proxy(target) if self._is_proxied(target) else None
-            response = await self._send(host, target, method, path, headers, timeouts)
+            response = await self._send(host, target, method, path, headers, timeouts, body)
         except BaseException as error:
             host.slots.release()
             host.users -= 1
@@ -201,12 +219,20 @@ class Connections:
         return host.health if host is not None else None
 
     async def _send(
-        self, host: Host, target: Target, method: str, path: bytes, headers: list[tuple[str, str]], timeouts: dict[str, float]
+        self,
+        host: Host,
+        target: Target,
+        method: str,
+        path: bytes,
+        headers: list[tuple[str, str]],
+        timeouts: dict[str, float],
+        body: bytes,
     ) -> httpcore.Response:
         request = httpcore.Request(
             method,
             httpcore.URL(scheme=target.scheme.encode(), host=target.host.encode(), port=target.explicit_port, target=path),
             headers=[(name.encode("ascii"), value.encode("utf-8")) for name, value in headers],
+            content=body,
             extensions={"timeout": timeouts},
         )
         with trio.move_on_after(self._settings.header_timeout), _translated(target, AttemptFailed):

@@ -34,7 +34,7 @@ from swarm.errors import (
     OriginRefused,
     OriginUnreachable,
 )
-from swarm.origin.answers import Ask, Headers, Plan, info_of, plan, retry_after, rule_for
+from swarm.origin.answers import Answer, Ask, Headers, Plan, info_of, plan, retry_after, rule_for
 from swarm.origin.body import HttpBody
 from swarm.origin.connections import Connections, Exchange, Target
 from swarm.origin.retry import AttemptFailed, Cause, Retries
@@ -47,6 +47,9 @@ MAX_REMEMBERED: Final = 256
 
 MAX_URL_CHARACTERS: Final = 16 * 1024
 """Presigned URLs have a few kilobytes; beyond this a redirect only fills memory."""
+
+MAX_AUTHORIZATIONS: Final = 3
+"""Requests until credentials are settled: without any, with a token kept from before, with a fresh one."""
 
 MAX_HEADERS: Final = 64
 MAX_HEADER_CHARACTERS: Final = 16 * 1024
@@ -169,6 +172,36 @@ class HttpOrigin:
         finally:
             await answer.close()
 
+    async def ask(self, source: Source, method: str, *, accept: frozenset[int], max_bytes: int, form: bytes = b"") -> Answer:
+        """See `OriginReader.ask`.
+
+        Raises:
+            OriginError, NotPermitted: As in `edges.Origin`.
+        """
+        retried = False
+        while True:
+            answer = await self._answer(source, method, [], accept, form)
+            try:
+                body = await self._small_body(source, answer, max_bytes) if answer.status < 300 and method != "HEAD" else b""
+                return Answer(answer.status, answer.headers, answer.challenges, body)
+            except OriginUnreachable:
+                if retried:
+                    raise
+                retried = True  # it broke in the middle of a few kilobytes: most often that is over
+            finally:
+                await answer.drain()
+
+    async def _small_body(self, source: Source, answer: Exchange, max_bytes: int) -> bytes:
+        name = name_of(source)
+        with _named(name):
+            chosen = plan(200, answer.headers, Ask(), None)
+        found = bytearray()
+        async for chunk in HttpBody(answer, chosen, name).chunks():
+            found += chunk
+            if len(found) > max_bytes:
+                raise OriginError(f"{name} answers with more than {max_bytes} bytes")
+        return bytes(found)
+
     async def _open(self, source: Source, ask: Ask, expect: OriginInfo | None) -> tuple[Exchange, Plan]:
         """An answer that carries what is asked for; the caller closes it."""
         while True:
@@ -193,13 +226,14 @@ class HttpOrigin:
 
     # --- one answer, with retries ---
 
-    async def _answer(self, source: Source, method: str, asked: list[tuple[str, str]], accept: frozenset[int]) -> Exchange:
+    async def _answer(
+        self, source: Source, method: str, asked: list[tuple[str, str]], accept: frozenset[int], form: bytes = b""
+    ) -> Exchange:
         """An answer whose status is in `accept`; the caller closes it."""
-        first = self._first_hop(source)
         retries = Retries(self._settings.retries, self._settings.retry_seconds, self._rng, trio.current_time())
         while True:
             try:
-                answer = await self._walk(source, first, method, asked)
+                answer = await self._authorized(source, method, asked, form)
                 if answer.status in accept:
                     return answer
                 await answer.drain()
@@ -211,11 +245,30 @@ class HttpOrigin:
                         failure.health.failed(trio.current_time())
                     raise OriginUnreachable(_given_up(failure, retries)) from failure
                 self._metrics.origin_retried()
-                log.debug("origin_retry", host=first.target.authority, cause=failure.cause.value, delay=round(delay, 3))
+                log.debug("origin_retry", host=split_url(source.url).hostname, cause=failure.cause.value, delay=round(delay, 3))
                 await trio.sleep(delay)
 
-    async def _walk(self, source: Source, first: Hop, method: str, asked: list[tuple[str, str]]) -> Exchange:
+    async def _authorized(self, source: Source, method: str, asked: list[tuple[str, str]], form: bytes) -> Exchange:
+        """One walk; where the source's own host asks for credentials, again with what those turn out to be."""
+        authorization = source.authorization
+        if authorization is None:
+            return await self._walk(source, self._first_hop(source), method, asked, form)
+        for attempt in range(1, MAX_AUTHORIZATIONS + 1):
+            given = await authorization.headers()
+            first = self._first_hop(source, given)
+            answer = await self._walk(source, first, method, asked, form)
+            # A storage host that a redirect leads to has no say in where credentials go.
+            if answer.status != 401 or not answer.target.is_host_of(first.target) or attempt == MAX_AUTHORIZATIONS:
+                break
+            if not authorization.refused(given, answer.challenges):
+                break
+            await answer.drain()
+        return answer
+
+    async def _walk(self, source: Source, first: Hop, method: str, asked: list[tuple[str, str]], form: bytes) -> Exchange:
         """Follow redirects from the start, or from where the last walk ended."""
+        if form:
+            return await self._exchange(first, method, asked, form)
         hop = self._recall(source) if method == "GET" else None
         if hop is not None:
             answer = await self._exchange(hop, method, asked)
@@ -236,15 +289,16 @@ class HttpOrigin:
                 await answer.drain()
         raise OriginError(f"{name_of(source)} redirects more than {MAX_REDIRECTS} times")
 
-    async def _exchange(self, hop: Hop, method: str, asked: list[tuple[str, str]]) -> Exchange:
+    async def _exchange(self, hop: Hop, method: str, asked: list[tuple[str, str]], form: bytes = b"") -> Exchange:
         await self._wait_turn(hop.target, method)
         settings = self._settings
         answer = await self._connections.exchange(
             hop.target,
             method,
             hop.path,
-            [*_with_defaults(hop), ("Accept-Encoding", "identity"), *asked],
+            [*_with_defaults(hop), ("Accept-Encoding", "identity"), *asked, *_framing(form)],
             {"connect": settings.connect_timeout, "read": settings.stall_timeout, "write": settings.stall_timeout},
+            form,
         )
         self._metrics.origin_answered(answer.status)
         log.debug("origin_answer", method=method, host=hop.target.authority, status=answer.status)
@@ -270,9 +324,9 @@ class HttpOrigin:
 
     # --- hops ---
 
-    def _first_hop(self, source: Source) -> Hop:
+    def _first_hop(self, source: Source, given: tuple[tuple[str, str], ...] = ()) -> Hop:
         parts = split_url(source.url)
-        headers = check_headers(source.headers)
+        headers = check_headers((*source.headers, *given))
         if parts.username is not None or parts.password is not None:
             if source.requester != "user":
                 raise NotPermitted(f"refused a URL with credentials in it from a {source.requester}: give them as a header")
@@ -382,6 +436,10 @@ def _with_defaults(hop: Hop) -> list[tuple[str, str]]:
     given = {name.lower() for name, _ in hop.headers}
     defaults = (("Host", hop.target.authority), ("User-Agent", USER_AGENT), ("Accept", "*/*"))
     return [*(pair for pair in defaults if pair[0].lower() not in given), *hop.headers]
+
+
+def _framing(form: bytes) -> list[tuple[str, str]]:
+    return [("Content-Type", "application/x-www-form-urlencoded"), ("Content-Length", str(len(form)))] if form else []
 
 
 def _basic(parts: SplitResult) -> str:

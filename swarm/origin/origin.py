@@ -12,6 +12,8 @@ import trio
 
 from swarm.edges import OriginBody, OriginInfo, Source
 from swarm.egress import EgressPolicy
+from swarm.errors import NotPermitted
+from swarm.origin.answers import Answer
 from swarm.origin.local import FileOrigin
 from swarm.origin.settings import Metrics, NoMetrics, OriginSettings
 from swarm.task import split_url
@@ -55,6 +57,24 @@ class OriginReader:
     ) -> AbstractAsyncContextManager[OriginBody]:
         """See `edges.Origin.read`."""
         return self._origin(source).read(source, start, stop, expect=expect)
+
+    async def ask(
+        self, source: Source, method: str = "GET", *, accept: frozenset[int], max_bytes: int = 0, form: bytes = b""
+    ) -> Answer:
+        """One question to an http(s) source, its answer as a whole: what a registry says beside contents.
+
+        Args:
+            accept: Statuses that are an answer; others are failures, as in `head`.
+            max_bytes: A longer body is an error.
+            form: URL-encoded body of a POST, which no redirect takes anywhere.
+
+        Raises:
+            OriginError, NotPermitted: As `edges.Origin.head`.
+        """
+        origin = self._origin(source)
+        if isinstance(origin, FileOrigin):
+            raise NotPermitted("a file answers no questions; give an http:// or https:// URL")
+        return await origin.ask(source, method, accept=accept, max_bytes=max_bytes, form=form)
 
     async def warm(self) -> None:
         """Load the HTTP stack now, in a thread, so that the first fetch need not: a tenth of a second of CPU on each node."""
