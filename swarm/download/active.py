@@ -31,6 +31,9 @@ from swarm.task import Geometry, Task, blob_task
 GATHER_SECONDS = 0.005
 """A burst of messages and pieces is gathered so long before the exchange decides: waking for each is what costs a busy node."""
 
+WHOLE_CHECKED = -1
+"""What a reader waits for that has every piece: the digest of the whole content."""
+
 GREETED_LINKS = 32
 """Links of earlier tasks that are asked about a new one before the DHT answers."""
 
@@ -124,6 +127,9 @@ class Active:
         closed: We have left the task; nothing of it may be written or served any more.
         last_asked: When a peer last joined or asked for a piece.
         whole_content: Everything is wanted, not only a range.
+        read_here: Pieces this node itself read from the origin.
+        readers: Ranges that are read while they arrive, by reader.
+        blocked: Pieces that readers wait for, longest first, or `WHOLE_CHECKED`.
     """
 
     task: Task
@@ -163,6 +169,9 @@ class Active:
     origin_error: OriginError | NotPermitted | None = None
     last_byte: float = 0.0
     whole_content: bool = True
+    read_here: set[int] = field(default_factory=set)
+    readers: dict[object, tuple[int, int]] = field(default_factory=dict)
+    blocked: dict[int, trio.Event] = field(default_factory=dict)
 
     @property
     def geometry(self) -> Geometry:
@@ -182,6 +191,19 @@ class Active:
         """Something changed: the driver is to decide anew."""
         self.touched = True
         self.timer.deadline = min(self.timer.deadline, trio.current_time() + GATHER_SECONDS)
+
+    def awaited(self, piece: int) -> trio.Event:
+        """Set when this piece is verified (or the whole checked), and when the download ends in whatever way."""
+        return self.blocked.setdefault(piece, trio.Event())
+
+    def wake(self, piece: int | None = None) -> None:
+        """Wake who waits for this piece; all readers if none is named."""
+        if piece is None:
+            blocked, self.blocked = self.blocked, {}
+            for event in blocked.values():
+                event.set()
+        elif piece in self.blocked:
+            self.blocked.pop(piece).set()
 
     def answered(self, node_id: NodeId) -> None:
         """Nobody waits for this node's answer any more."""

@@ -121,6 +121,8 @@ class OriginReads:
         active.signers[piece] = parts.membership.public_key
         now = active.last_byte = trio.current_time()
         active.exchange.piece_verified(piece, None, now, took=took)
+        active.read_here.add(piece)
+        active.wake(piece)
         active.touch()
 
     async def digest_of(self, active: Active, piece: int) -> bytes:

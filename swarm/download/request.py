@@ -19,6 +19,8 @@ class FetchRequest:
         share: Announce although credentials were given.
         no_origin: Never read the origin.
         byte_range: Half-open range wanted, or `None` for all; only these pieces are fetched.
+        length: Bytes, where the requester knows it already (from an OCI descriptor); saves asking the origin.
+        private: It needed credentials that are not in `source`.
     """
 
     source: Source | None
@@ -29,6 +31,8 @@ class FetchRequest:
     application: str = ""
     no_origin: bool = False
     byte_range: tuple[int, int | None] | None = None
+    length: int | None = None
+    private: bool = False
 
 
 @dataclass(frozen=True, slots=True)

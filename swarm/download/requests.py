@@ -183,6 +183,7 @@ class PeerRequests:
         totals.bytes_from_peers += len(data)
         totals.pieces_from_peers += 1
         active.exchange.piece_verified(piece, link.node_id, now, took=now - pending.started)
+        active.wake(piece)
 
     def piece_failed(self, link: PeerLink, request_id: int, status: int) -> None:
         pending = self._pending.pop((link.node_id, request_id), None)

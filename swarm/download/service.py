@@ -36,6 +36,7 @@ from swarm.download.meeting import Meeting
 from swarm.download.members import Members
 from swarm.download.origin_reads import OriginReads
 from swarm.download.policy import Policy
+from swarm.download.reading import Reader
 from swarm.download.request import Fetched, FetchRequest, Progress, TaskActivity
 from swarm.download.requests import PeerRequests
 from swarm.download.serving import Serving
@@ -84,6 +85,9 @@ MAX_SEEDED_AT_ONCE = 4096
 """Tasks served at once; each holds a descriptor."""
 
 SPOOL_CHUNK_BYTES = 1024 * 1024
+
+LINGER_SECONDS = 2.0
+"""A download whose last reader left waits so long for another: clients that resume, or read in parts, come back at once."""
 
 GIVE_UP_AFTER = 15.0
 """Seconds without any progress after which a download that cannot read its origin fails."""
@@ -232,10 +236,99 @@ class DownloadService:
         finally:
             active.waiters -= 1
             if active.waiters == 0 and not active.done.is_set():
-                self._fail(active, Interrupted("nobody waits for it any more"))
+                if active.readers:
+                    self._want_what_is_read(active)
+                else:
+                    self._fail(active, Interrupted("nobody waits for it any more"))
         if active.error is not None:
             raise active.error
         return self._fetched(active, begun), self._open_again(active)
+
+    async def read(
+        self, request: FetchRequest, span: Callable[[int], tuple[int, int]], *, strict: bool = False, prefix: bool = True
+    ) -> Reader:
+        """Read content whose digest is known while it arrives; all who read or fetch it share one download.
+
+        Args:
+            span: From the length to the bytes wanted, half-open.
+            strict: Give out nothing before the digest matched.
+            prefix: The reader has what comes before `span`: with the last piece it has all of it, so that piece is held back
+                until the digest matched.  Otherwise only the pieces of `span` are fetched, and each goes out when verified.
+
+        Returns:
+            A reader, which the caller closes.
+
+        Raises:
+            SwarmError: As `fetch`, as far as it is known now; the rest comes from the reader.
+        """
+        if self._draining:
+            raise Interrupted("the daemon is stopping")
+        if request.digest is None:
+            raise LocalProtocolError("only content whose digest is known can be read while it arrives")
+        task = blob_task(request.digest, shared=self._may_share(request))
+        stored = self._parts.store.open(task.id)
+        if stored is not None and stored.complete:
+            return Reader(stored, None, *span(stored.geometry.length), held_back=False)
+        if stored is not None:
+            stored.close()
+        info = OriginInfo(request.length) if request.length is not None else None
+        active = await self._activate(task, info, request, reads=True)
+        try:
+            start, stop = span(active.geometry.length)
+            whole = strict or (prefix and stop == active.geometry.length)
+            reader = Reader(
+                self._open_again(active), active, start, stop,
+                held_back=whole, strict=strict, closed=partial(self._reader_left, active),
+            )  # fmt: skip
+        except BaseException:
+            self._reader_left(active, None)
+            raise
+        active.readers[reader] = (0, active.geometry.length) if whole else (start, stop)
+        self._want_what_is_read(active)
+        return reader
+
+    def _reader_left(self, active: Active, reader: Reader | None) -> None:
+        active.readers.pop(reader, None)
+        if active.closed or active.done.is_set():
+            return
+        if active.readers or active.waiters:
+            self._want_what_is_read(active)
+        elif self._nursery is not None:
+            self._nursery.start_soon(self._linger, active)
+
+    async def _linger(self, active: Active) -> None:
+        await trio.sleep(LINGER_SECONDS)
+        if not active.readers and not active.waiters and not active.done.is_set():
+            self._fail(active, Interrupted("nobody reads it any more"))
+
+    def _want_what_is_read(self, active: Active) -> None:
+        """Everything, if somebody waits for everything; else the ranges being read, and what a fetch waits for."""
+        if active.closed or active.stored.complete or not active.readers:
+            return
+        geometry, exchange = active.geometry, active.exchange
+        ranges = set(active.readers.values())
+        whole = (0, geometry.length) in ranges or (active.waiters > 0 and active.whole_content)
+        wanted = pieces.full(geometry.piece_count) if whole else pieces.none(geometry.piece_count)
+        if not whole:
+            if active.waiters:
+                wanted |= exchange.wanted
+            for start, stop in ranges:
+                covering = geometry.pieces_covering(start, stop)
+                wanted[covering.start : covering.stop] = True
+        if active.downloading and whole == active.whole_content and wanted == exchange.wanted:
+            return
+        active.whole_content = whole
+        exchange.want(wanted, exchange.first)
+        if not active.downloading and (whole or not exchange.complete):
+            self._resume(active)
+        active.touch()
+
+    def _resume(self, active: Active) -> None:
+        """A range was fetched, and more is wanted now."""
+        active.done, active.finishing = trio.Event(), False
+        active.last_byte = trio.current_time()
+        if active.nursery is not None:
+            active.nursery.start_soon(self._meeting.seek, active, [])
 
     def _may_share(self, request: FetchRequest) -> bool:
         """Content that needed credentials stays here, unless its requester says otherwise, and never enters an open network."""
@@ -309,13 +402,17 @@ class DownloadService:
             phase,
         )
 
-    async def _activate(self, task: Task, info: OriginInfo | None, request: FetchRequest) -> Active:
-        """The running download of this task, started if there is none: all who ask for it share it."""
+    async def _activate(self, task: Task, info: OriginInfo | None, request: FetchRequest, *, reads: bool = False) -> Active:
+        """The running download of this task, started if there is none: all who ask for it share it.
+
+        `reads`: it is for a reader, which says itself what is wanted.
+        """
         while True:
             active = self._active.get(task.id)
             if active is not None and not (active.done.is_set() and active.error is not None):
-                if not active.done.is_set() or active.stored.complete:
-                    self._widen(active)
+                if not active.done.is_set() or active.stored.complete or active.exchange.complete:
+                    if not reads:
+                        self._widen(active)
                     self._lend(active, info, request)
                     return active
                 # A seeding exchange whose content rotted: start anew on what is left.
@@ -326,12 +423,12 @@ class DownloadService:
             await opening.wait()
         opening = self._opening[task.id] = trio.Event()
         try:
-            return await self._start(task, info, request)
+            return await self._start(task, info, request, reads=reads)
         finally:
             del self._opening[task.id]
             opening.set()
 
-    async def _start(self, task: Task, info: OriginInfo | None, request: FetchRequest) -> Active:
+    async def _start(self, task: Task, info: OriginInfo | None, request: FetchRequest, *, reads: bool) -> Active:
         nursery = self._nursery
         if nursery is None:
             raise Interrupted("the daemon is stopping")
@@ -357,6 +454,9 @@ class DownloadService:
             raise
         if request.byte_range is not None:
             self._narrow(active, request.byte_range)
+        if reads:
+            active.exchange.want(pieces.none(active.geometry.piece_count))  # until the reader says what it reads
+            active.whole_content = False
         self._active[task.id] = active
         nursery.start_soon(self._run_active, active, found)
         for node_id in lobby.guests:
@@ -431,12 +531,13 @@ class DownloadService:
         active.exchange.want(pieces.of(active.geometry.piece_count, covering), covering)
         active.whole_content = len(covering) == active.geometry.piece_count
 
-    @staticmethod
-    def _widen(active: Active) -> None:
+    def _widen(self, active: Active) -> None:
         """Somebody joins a running range fetch: from now on all of the content is wanted."""
-        if not active.whole_content and not active.done.is_set() and not active.finishing:
+        if not active.whole_content:
             active.whole_content = True
-            active.exchange.want(pieces.full(active.geometry.piece_count))
+            active.exchange.want(pieces.full(active.geometry.piece_count), active.exchange.first)
+            if not active.downloading:
+                self._resume(active)
             active.touch()
 
     def _lend(self, active: Active, info: OriginInfo | None, request: FetchRequest) -> None:
@@ -567,6 +668,10 @@ class DownloadService:
 
     async def _finish(self, active: Active) -> None:
         """Every wanted piece is here: check the content digest, complete, seal and say so."""
+        if not active.exchange.complete:
+            active.finishing = False  # more is wanted since
+            active.touch()
+            return
         try:
             if active.whole_content and active.stored.held.all() and not await self._completed(active):
                 active.finishing = False
@@ -585,6 +690,7 @@ class DownloadService:
         active.finished = trio.current_time()
         active.repairing = False
         active.done.set()
+        active.wake()
         if active.shared and active.stored.complete:
             await self._parts.discovery.announce(active.task.id, State.COMPLETE)
 
@@ -639,11 +745,13 @@ class DownloadService:
         if not active.done.is_set():
             active.error = active.error or Interrupted("the daemon is stopping")
             active.done.set()
+        active.wake()
 
     def _pieces_lost(self, active: Active, lost: list[int]) -> None:
         """The store found rotten pieces: withdraw them, and fetch them again."""
         now = trio.current_time()
         active.exchange.piece_lost(lost, now)
+        active.wake()
         active.touch()
         if active.downloading or active.exchange.complete:
             return
@@ -877,7 +985,12 @@ def _is_secret(request: FetchRequest) -> bool:
         return False
     url = request.source.url
     userinfo = "@" in url.split("://", 1)[-1].split("/", 1)[0]
-    return userinfo or url.startswith("file:") or any(name.lower() not in OPEN_HEADERS for name, _ in request.source.headers)
+    return (
+        request.private
+        or userinfo
+        or url.startswith("file:")
+        or any(name.lower() not in OPEN_HEADERS for name, _ in request.source.headers)
+    )
 
 
 def _has_company(active: Active) -> bool:
