@@ -180,11 +180,11 @@ class DownloadService:
         progress: Callable[[Progress], None] | None = None,
         opened: Callable[[StoredTask], None] | None = None,
     ) -> tuple[Fetched, StoredTask]:
+        """Have the content complete and verified in the store.
+
         Args:
             opened: Called with a handle of its own, which it closes, when content that is not complete yet begins to arrive;
                 again if that starts over as other content.
-
-        """Have the content complete and verified in the store.
 
         Returns:
             The numbers, and the open task; the caller closes it.
@@ -228,10 +228,10 @@ class DownloadService:
         if stored is not None:
             stored.close()
         active = await self._activate(task, info, request)
-            if opened is not None and not active.done.is_set():
-                opened(self._open_again(active))
         active.waiters += 1
         try:
+            if opened is not None and not active.done.is_set():
+                opened(self._open_again(active))
             await self._wait(active, progress)
         finally:
             active.waiters -= 1
