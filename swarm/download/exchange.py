@@ -33,6 +33,12 @@ LOSSES_AT_LEAST = 64
 """Pieces a neighbour may withdraw: each a few times, as when liars are found out; who has and has not a piece without end
 makes us ask for it without end."""
 
+JOINS_PER_MINUTE = 30
+"""Of one member: each is answered with all that we hold and whom we know, and may say the opposite of the one before."""
+
+MAX_JOINERS = 1024
+"""Members whose joins are counted; the ones that joined longest ago are forgotten first."""
+
 
 class Why(enum.StrEnum):
     """Why a piece was read from the origin: a label of a counter, and a line in `task show`."""
@@ -174,6 +180,7 @@ class Exchange:
         self._fetched_before = False
         self._origin_paused_until = -INFINITY
         self._disputed: set[int] = set()
+        self._joins: dict[NodeId, tuple[float, int]] = {}
         self._candidates: list[NodeId] = []
         self._candidates_until = -INFINITY
 
@@ -273,8 +280,9 @@ class Exchange:
         """A linked member takes part; a second `Join` replaces what the first said.
 
         Raises:
-            RemoteProtocolError: Its bitmap does not fit the geometry.
+            RemoteProtocolError: Its bitmap does not fit the geometry, or it joins again and again.
         """
+        self._count_join(node_id, now)
         count = self.geometry.piece_count
         held = pieces.full(count) if join.complete else pieces.from_wire(join.held, count)
         known = self.neighbours.get(node_id)
@@ -334,11 +342,7 @@ class Exchange:
         self._candidates_until = -INFINITY
         for piece in told:
             if piece < len(self.counts) and neighbour.held[piece]:
-                neighbour.held[piece] = False
-                self._count_down(piece)
-                if piece in neighbour.queued:
-                    self.requests.ended(neighbour, piece)
-                    self._do(CancelRequest(node_id, piece))
+                self._withdraw(neighbour, piece)
 
     def claim_received(self, owner: NodeId, piece: int, lease: float, seq: int, now: float) -> bool:
         """A claim whose signature was checked.  Returns whether it was new and is to be relayed."""
@@ -525,10 +529,26 @@ class Exchange:
 
     def _replace_held(self, neighbour: Neighbour, held: pieces.PieceSet, now: float) -> None:
         for piece in pieces.indices(neighbour.held & ~held):
-            neighbour.held[piece] = False
-            self._count_down(piece)
+            self._withdraw(neighbour, piece)
         for piece in pieces.indices(held & ~neighbour.held):
             self._note_held(neighbour, piece, now)
+
+    def _withdraw(self, neighbour: Neighbour, piece: int) -> None:
+        neighbour.held[piece] = False
+        self._count_down(piece)
+        if piece in neighbour.queued:
+            self.requests.ended(neighbour, piece)
+            self._do(CancelRequest(neighbour.node_id, piece))
+
+    def _count_join(self, node_id: NodeId, now: float) -> None:
+        since, count = self._joins.pop(node_id, (now, 0))
+        if now - since >= 60:
+            since, count = now, 0
+        while len(self._joins) >= MAX_JOINERS:
+            del self._joins[next(iter(self._joins))]
+        self._joins[node_id] = since, count + 1
+        if count >= JOINS_PER_MINUTE:
+            raise RemoteProtocolError("it joins the same task again and again")
 
     def _note_held(self, neighbour: Neighbour, piece: int, now: float) -> None:
         if neighbour.held[piece]:

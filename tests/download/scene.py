@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 from blake3 import blake3
@@ -170,20 +170,20 @@ class Peer:
             )
         )  # fmt: skip
 
-    def claim(self, piece: int, *, lease: float = 3.0, seq: int = 1, **other: object) -> wire.Signed:
+    def claim(self, piece: int, *, lease: float = 3.0, seq: int = 1, **other: Any) -> wire.Signed:
         """A claim it signed; `other` fields of the body instead of the right ones."""
         geometry = self.scene.content.geometry
         fields = {"task": self.scene.task.id, "length": geometry.length, "piece_length": geometry.piece_length, **other}
-        return self.membership.sign("claim", wire.ClaimBody(piece=piece, lease=lease, seq=seq, **fields))  # type: ignore[arg-type]
+        return self.membership.sign("claim", wire.ClaimBody(piece=piece, lease=lease, seq=seq, **fields))
 
     def claims(self, *signed: wire.Signed) -> Peer:
         return self.say(wire.Claims(self.scene.task.id, list(signed)))
 
-    def prove(self, piece: int, data: bytes, **other: object) -> wire.Signed:
+    def prove(self, piece: int, data: bytes, **other: Any) -> wire.Signed:
         """A proof it signed."""
         geometry = self.scene.content.geometry
         fields = {"task": self.scene.task.id, "length": geometry.length, "piece_length": geometry.piece_length, **other}
-        body = wire.ProofBody(blake3=blake3(data).digest(), issued=WALL, **{"piece": piece, **fields})  # type: ignore[arg-type]
+        body = wire.ProofBody(blake3=blake3(data).digest(), issued=WALL, **{"piece": piece, **fields})
         return self.membership.sign("proof", body)
 
     def seal(self, content: Content, *, digest: Digest | None = None, table: bytes | None = None) -> wire.Signed:

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from swarm import pieces, wire
 from swarm.download import exchange as ex
 from swarm.download.claims import WHOLE, Rendezvous
-from swarm.download.exchange import LOSSES_PER_PIECE, Exchange, Why
+from swarm.download.exchange import JOINS_PER_MINUTE, LOSSES_PER_PIECE, MAX_JOINERS, Exchange, Why
 from swarm.download.policy import Policy
 from swarm.errors import RemoteProtocolError
 from swarm.task import MIN_PIECE_BYTES, Geometry
@@ -567,6 +567,19 @@ def test_our_own_claim_sent_back_to_us_is_ignored() -> None:
 def test_a_second_join_replaces_what_the_first_said() -> None:
     engine = Engine(origin=False).joined(NEAR[0], held=[1, 2]).joined(NEAR[0], held=[2, 3])
     assert [piece for piece in range(PIECES) if engine.exchange.counts[piece]] == [2, 3]
+
+
+def test_a_member_may_join_anew_a_few_times_a_minute_for_as_long_as_it_likes() -> None:
+    engine = Engine(origin=False)
+    for _ in range(10):
+        for _ in range(JOINS_PER_MINUTE):
+            engine.joined(NEAR[0], held=[1])
+        engine.now += 60
+    engine.joined(*[NEAR[0]] * JOINS_PER_MINUTE, held=[1])
+    with pytest.raises(RemoteProtocolError, match="again and again"):
+        engine.joined(NEAR[0])
+    engine.joined(*(node_id(1000 + number) for number in range(2 * MAX_JOINERS)))
+    assert len(engine.exchange._joins) == MAX_JOINERS
 
 
 # --- telling ----------------------------------------------------------------------------------------------------------------
