@@ -1,0 +1,153 @@
+"""Content that needed credentials: who learns of it, who gets it, and over what (SECURITY: T19)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+
+from swarm import wire
+from swarm.edges import FileSlice, Source, State
+from swarm.task import Task, url_task
+from tests.download.scene import URL, Scene, play, runs
+
+COUNT = 8
+CREDENTIALS = (("Authorization", "Bearer canary"),)
+SECRET_SOURCES = {
+    "a credential": Source(URL, CREDENTIALS),
+    "a cookie": Source(URL, (("cookie", "session=canary"),)),
+    "a header nobody knows": Source(URL, (("X-Registry-Auth", "canary"),)),
+    "a user in the URL": Source("http://user:canary@origin.example/file"),
+    "a file of this machine": Source("file:///srv/secret"),
+}
+
+
+def unshared(scene: Scene, source: Source) -> Task:
+    return url_task(source.url, validator=scene.origin.validator, shared=False)
+
+
+def ask_for(scene: Scene, task: Task, *, encrypted: bool) -> int | str:
+    """What a member gets that asks for the first piece."""
+    peer = scene.peer()
+    served = scene.service.serve(
+        peer.node_id, wire.Request(1, task.id, 0, 0, scene.content.geometry.size(0)), encrypted=encrypted
+    )
+    if isinstance(served, int):
+        return served
+    assert isinstance(served.body, FileSlice)
+    served.body.release()
+    return "served"
+
+
+@pytest.mark.parametrize("kind", SECRET_SOURCES)
+@pytest.mark.parametrize("by_digest", [True, False])
+@pytest.mark.parametrize("is_open", [True, False])
+def test_what_needed_credentials_is_announced_to_nobody_and_sent_to_nobody(kind: str, by_digest: bool, is_open: bool) -> None:
+    async def script(scene: Scene) -> None:
+        source = SECRET_SOURCES[kind]
+        if not by_digest:
+            scene.task = unshared(scene, source)
+        peer = scene.peer().takes_part()
+        scene.discovery.members = [scene.provider(scene.peer(linked=False))]
+        fetch = scene.fetch(scene.request(source=source))
+        await trio.sleep(0.2)
+        assert fetch.fetched is None, "it runs"
+        spies(scene)
+        fetched = await fetch.outcome()
+        assert fetched.why_origin == {"unshared": COUNT}
+        spies(scene)
+        assert scene.dialled == []
+        assert scene.discovery.log == []
+        assert not [message for message in peer.posted if not isinstance(message, wire.Leave)]
+
+    play(script, is_open=is_open)
+
+
+def spies(scene: Scene) -> None:
+    """A member that knows the task gets nothing out of us."""
+    spy = scene.peer()
+    geometry = scene.content.geometry
+    spy.say(wire.Ask(scene.task.id))
+    spy.say(wire.Join(scene.task.id, geometry.length, geometry.piece_length, complete=True, reply=True))
+    assert spy.posted == [wire.Leave(scene.task.id)] * 2
+    spy.say(wire.Claims(scene.task.id, [spy.claim(piece, lease=120.0) for piece in range(COUNT)]))
+    for encrypted in (True, False):
+        assert ask_for(scene, scene.task, encrypted=encrypted) in (wire.REFUSED, wire.NOT_HELD)
+    assert spy.asked == []
+    spy.hang_up()
+
+
+async def shared_privately(scene: Scene, **more: Any) -> None:
+    """Fetch with credentials, and share."""
+    fetch = scene.fetch(scene.request(source=Source(URL, CREDENTIALS), share=True, **more))
+    await fetch.outcome()
+    assert fetch.bytes == scene.content.bytes
+
+
+@runs(is_open=False)
+async def test_what_needed_credentials_and_is_shared_travels_encrypted_only(scene: Scene) -> None:
+    await shared_privately(scene)
+    assert scene.discovery.announced[scene.task.id] is State.COMPLETE
+    assert ask_for(scene, scene.task, encrypted=False) == wire.REFUSED
+    assert ask_for(scene, scene.task, encrypted=True) == "served"
+
+
+@runs(is_open=False)
+async def test_what_needed_credentials_is_asked_of_others_encrypted_only(scene: Scene) -> None:
+    holder = scene.peer().takes_part().serves(scene.content)
+    await shared_privately(scene, no_origin=True)
+    assert holder.asked
+    assert all(asked.private for asked in holder.asked)
+
+
+@runs(is_open=True)
+async def test_in_an_open_network_credentials_keep_content_from_everybody_whatever_its_requester_says(scene: Scene) -> None:
+    await shared_privately(scene)
+    assert scene.discovery.log == []
+    spies(scene)
+
+
+@runs(is_open=False)
+async def test_one_requesters_credentials_do_not_open_a_download_that_others_take_part_in(scene: Scene) -> None:
+    """Somebody without an origin waits for the swarm; somebody else's credentials must not feed it."""
+    waiting = scene.fetch(scene.request(no_origin=True))
+    peer = scene.peer().takes_part([0]).serves(scene.content)
+    await trio.sleep(1)
+    assert peer.told(wire.Ask)
+    peer.join([0])
+    await trio.sleep(1)
+    own = scene.fetch(scene.request(source=Source(URL, CREDENTIALS)))
+    await trio.sleep(5)
+    assert scene.origin.reads == []
+    peer.hang_up()
+    for fetch in (waiting, own):
+        fetch.scope.cancel()
+    await trio.sleep(1)
+
+
+@runs(is_open=False)
+async def test_a_join_that_calls_a_task_private_does_not_make_us_share_ours(scene: Scene) -> None:
+    scene.task = unshared(scene, Source(URL, CREDENTIALS))
+    fetch = scene.fetch(scene.request(source=Source(URL, CREDENTIALS)))
+    await trio.sleep(0.2)
+    peer = scene.peer()
+    geometry = scene.content.geometry
+    peer.say(wire.Join(scene.task.id, geometry.length, geometry.piece_length, held=bytes([0]), private=True, reply=True))
+    await fetch.outcome()
+    assert peer.posted == [wire.Leave(scene.task.id)]
+
+
+@runs(is_open=False)
+async def test_content_without_anything_to_tell_its_versions_apart_is_not_shared(scene: Scene) -> None:
+    scene.origin.validator = ""
+    await scene.fetch(scene.request(digest=None)).outcome()
+    assert scene.discovery.log == []
+
+
+@runs(is_open=False)
+async def test_headers_that_everybody_may_send_do_not_make_content_private(scene: Scene) -> None:
+    source = Source(URL, (("User-Agent", "curl"), ("Accept", "*/*")))
+    await scene.fetch(scene.request(source=source)).outcome()
+    assert scene.discovery.announced[scene.task.id] is State.COMPLETE
+    assert ask_for(scene, scene.task, encrypted=False) == "served"
