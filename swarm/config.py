@@ -261,6 +261,44 @@ Registries = tuple[tuple[str, RegistrySettings], ...]
 class MirrorSettings:
     """The registry face: container runtimes pull through the swarm."""
 
+    listen: Endpoint | None = setting(
+        None,
+        "Where it listens; `off` for nowhere. Whoever reaches it may read what the registries let this node read: keep it on "
+        "loopback unless that is meant. Port 0 takes a free port.",
+        unit="listen",
+    )
+    hosts: tuple[str, ...] = setting(
+        (), "Host names, beside addresses and `localhost`, under which it may be asked; any other Host header is refused."
+    )
+    clients: int = setting(2048, "Most connections at one time; what comes beyond is answered 503.", at_least=1, at_most=65536)
+    answer_timeout: float = setting(
+        8.0,
+        "An answer that has not begun by then is given up with 504, so that the client asks the registry itself; a body that "
+        "stands still for so long is cut.",
+        unit="duration",
+        at_least=0.5,
+        at_most=300,
+    )
+    tag_cache: float = setting(
+        10.0,
+        "How long the digest of a tag is used again without asking the registry.",
+        unit="duration",
+        at_least=0,
+        at_most=86400,
+    )
+    tag_stale: float = setting(
+        86400.0,
+        "How long after that a tag still stands for its last digest while the registry does not answer. 0: not at all.",
+        unit="duration",
+        at_least=0,
+        at_most=365 * 86400,
+    )
+    stream: str = setting(
+        "proof",
+        "When bytes of a blob that is still arriving go out: `proof` once a member vouches for a piece (the last piece when "
+        "the digest of the whole matched), `digest` not before that.",
+        choices=("proof", "digest"),
+    )
     registries: tuple[str, ...] = setting(
         ("*",),
         "Registries the mirror reads: names as in image references, `*.domain`, or `*` for any with a public address. Private "

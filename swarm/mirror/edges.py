@@ -67,9 +67,11 @@ class Grant:
 
     Attributes:
         private: It needed credentials: never in an open network, and to members only over TLS.
+        shared: Whether members may have it from this node at all; not where the mode is `never`.
     """
 
     private: bool
+    shared: bool = True
 
 
 class Registries(Protocol):
@@ -89,6 +91,10 @@ class Registries(Protocol):
 
     async def pass_through(self, name: Name, tail: str, query: str, client: ClientCredentials | None) -> Passed:
         """`tail` is `tags/list` or `referrers/<digest>`."""
+        ...
+
+    def manifest_source(self, name: Name, digest: Digest, client: ClientCredentials | None) -> Source:
+        """Where the manifest is, with all media types accepted; else as `blob_source`."""
         ...
 
     def blob_source(self, name: Name, digest: Digest, client: ClientCredentials | None) -> Source:
