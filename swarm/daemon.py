@@ -19,13 +19,13 @@ import structlog
 import trio
 
 from swarm import __version__, http, identity
-from swarm.announce import Announcer
+from swarm.announce import Announcer, kept_names
 from swarm.config import DEFAULT_PORT, Settings
 from swarm.control.api import ControlServer
 from swarm.dht.node import DhtNode
 from swarm.dht.transport import UdpTransport
 from swarm.download.service import DownloadService
-from swarm.edges import Address, State
+from swarm.edges import Address
 from swarm.egress import EgressPolicy, EgressSettings
 from swarm.errors import ConfigError, SwarmError
 from swarm.neighbourhood import Neighbourhood
@@ -112,7 +112,7 @@ async def run_node(
         if face is not None:
             await life.enter_async_context(running_aside(http.serve, node, face, settings.http))
 
-        kept = [(e.task.id, State.COMPLETE) for e in store.entries() if e.complete and not e.private]
+        kept = kept_names(store.entries())
         swarm.announcer.restore(kept)
         node.is_ready = True
         log.info("ready", **_ready_fields(node, len(kept)))

@@ -16,8 +16,9 @@ from swarm.announce import Announcer
 from swarm.dht import records
 from swarm.dht.records import LIFETIME, sign_provider
 from swarm.dht.routing import Contact
-from swarm.edges import Address, Provider, State
+from swarm.edges import Address, Entry, Provider, State
 from swarm.errors import LocalProtocolError
+from swarm.task import Digest, blob_task, url_task
 from tests.dht.net import WALL, Net, SimNode, address, ids_of, network
 
 TASK = bytes(range(32))
@@ -166,22 +167,6 @@ def test_the_nearest_twenty_four_of_sixty_are_always_found() -> None:
     run(main, 1)
 
 
-def test_a_storer_that_takes_part_hears_of_a_newcomer_without_asking() -> None:
-    async def main() -> None:
-        async with network() as net:
-            nodes = await net.add(4)
-            await trio.sleep(3.0)
-            heard: list[tuple[bytes, bytes]] = []
-            nodes[0].announcer.on_member(lambda task, provider: heard.append((task, provider.node_id)))
-            await nodes[0].announcer.announce(TASK, State.WANTS)
-            await nodes[1].announcer.announce(TASK, State.WANTS)
-            await nodes[2].announcer.announce(OTHER_TASK, State.WANTS)
-            await trio.sleep(0.5)
-            assert set(heard) == {(TASK, nodes[1].membership.node_id)}
-
-    run(main, 1)
-
-
 def test_dead_contacts_do_not_delay_an_announcement() -> None:
     async def main() -> None:
         async with network(latency=LAN) as net:
@@ -253,6 +238,27 @@ def test_announcing_without_running_is_our_own_mistake() -> None:
     run(main, 1)
 
 
+# --- what a store holds ---------------------------------------------------------------------------------------------
+
+
+def kept(url: str = "", *, digest: str = "", held: int = 1, private: bool = False) -> Entry:
+    known = Digest("sha256", digest * 64) if digest else None
+    task = url_task(url) if url else blob_task(Digest("sha256", digest * 64))
+    complete = bool(held and digest)
+    return Entry(task, None, held, complete, known, False, False, 0, 0.0, 0.0, private)
+
+
+def test_after_a_restart_complete_content_is_announced_under_its_names_and_its_digest() -> None:
+    entries = [kept("http://a/1", digest="1"), kept("http://b/1", digest="1"), kept(digest="2"), kept("http://a/3")]
+    names = announce.kept_names(entries)
+    blobs = {blob_task(Digest("sha256", each * 64)).id for each in "12"}
+    assert names == dict.fromkeys({url_task("http://a/1").id, url_task("http://b/1").id, *blobs}, State.COMPLETE)
+
+
+def test_after_a_restart_private_content_is_announced_under_no_name() -> None:
+    assert announce.kept_names([kept("http://a/1", digest="1", private=True)]) == {}
+
+
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +320,7 @@ def test_a_node_with_many_tasks_repeats_them_at_its_pace() -> None:
         async with network(latency=LAN) as net:
             nodes = await net.add(3)
             await trio.sleep(3.0)
-            nodes[1].announcer.restore((number.to_bytes(32, "big"), State.COMPLETE) for number in range(200))
+            nodes[1].announcer.restore({number.to_bytes(32, "big"): State.COMPLETE for number in range(200)})
             before = net.datagrams.sent
             await trio.sleep(10.0)
             assert net.datagrams.sent - before < 10 * 120
@@ -326,6 +332,33 @@ def test_a_node_with_many_tasks_repeats_them_at_its_pace() -> None:
             assert (net.datagrams.sent - before) / 3600 < 1.5
 
     run(main, 1)
+
+
+def test_a_node_with_two_thousand_contents_of_urls_sends_under_ten_messages_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundredth of them is announced, each under its two names, through two rounds of repetitions."""
+
+    async def main() -> None:
+        async with network(latency=LAN) as net:
+            node = (await net.add(12))[1]
+            await trio.sleep(600.0)
+            before, since = node.dht.statistics().datagrams_out, trio.current_time()
+            await trio.sleep(600.0)
+            idle = (node.dht.statistics().datagrams_out - before) / (trio.current_time() - since)
+            node.announcer.restore({number.to_bytes(32, "big"): State.COMPLETE for number in range(40)})
+            await trio.sleep(600.0)
+            before, since = node.dht.statistics().datagrams_out, trio.current_time()
+            await trio.sleep(2 * announce.MOST_PATIENCE * 3600.0)
+            rate = (node.dht.statistics().datagrams_out - before) / (trio.current_time() - since)
+            assert node.announcer.statistics().repeated >= 2 * 40
+            assert idle + 100 * (rate - idle) < 10
+
+    monkeypatch.setattr(announce, "MANY", announce.MANY // 100)
+    run(main, 1)
+
+
+def test_many_names_are_repeated_well_before_their_records_expire() -> None:
+    longest = announce.REPEAT[State.COMPLETE] * announce.MOST_PATIENCE * 1.1
+    assert longest + 1200 <= LIFETIME[State.COMPLETE]
 
 
 @pytest.mark.parametrize("ahead", [3600.0, -3600.0])

@@ -37,7 +37,7 @@ from swarm.dht.messages import (
     Withdraw,
 )
 from swarm.dht.own_addresses import OwnAddresses
-from swarm.dht.records import Outcome, ProviderRecord, ProviderStore, Verifier
+from swarm.dht.records import ProviderStore, Verifier
 from swarm.dht.routing import Contact, Table
 from swarm.edges import Address, Membership
 from swarm.errors import IntegrityError, RemoteProtocolError
@@ -153,7 +153,6 @@ class Engine:
         self.outgoing: deque[tuple[bytes, Address]] = deque()
         self.on_lost: Callable[[Contact], None] = lambda contact: None
         self.on_contact: Callable[[Contact], None] = lambda contact: None
-        self.on_provider: Callable[[ProviderRecord], None] = lambda record: None
         self.on_hosts: Callable[[], None] = lambda: None
         self._source_towards = source_towards
         self._low_ports = low_ports
@@ -257,8 +256,6 @@ class Engine:
         if remaining <= 0:
             return Stored(query.tx, observed, token, time, messages.INVALID)
         outcome = self.store.put(record, address.host, remaining, now)
-        if outcome is Outcome.STORED:
-            self.on_provider(record)
         page, cursor, count = self.store.page(
             record.body.key, query.cursor, room - _FIXED_BYTES, now, without=record.public_key
         )

@@ -86,6 +86,10 @@ MAX_SEEDED_AT_ONCE = 4096
 
 SPOOL_CHUNK_BYTES = 1024 * 1024
 
+OTHER_NAMES_WITHIN = 1.0
+"""Seconds until complete content is announced under its digest too: where many nodes end the same fetch at once, the
+announcements of the first must not take the processor from the last."""
+
 LINGER_SECONDS = 2.0
 """A download whose last reader left waits so long for another: clients that resume, or read in parts, come back at once."""
 
@@ -131,6 +135,7 @@ class DownloadService:
         self._lobbies = Lobbies(self._parts, self._meeting)
         self._serving = Serving(self._parts, self._active, self._open)
         store.on_evict(self._evicting)
+        store.on_incomplete(self._incomplete)
 
     @property
     def totals(self) -> Totals:
@@ -154,13 +159,6 @@ class DownloadService:
             self._nursery = None
             for active in list(self._active.values()):
                 self._close(active)
-
-    async def announce_stored(self, *, per_second: float = 5.0) -> None:
-        """Announce what the store holds complete, slowly: a restart of a node with thousands of tasks is no storm."""
-        for entry in self._parts.store.entries():
-            if entry.complete and not entry.private:
-                await self._parts.discovery.announce(entry.task.id, State.COMPLETE)
-                await trio.sleep(1 / per_second)
 
     async def drain(self, seconds: float) -> None:
         """Take no new work and wait at most so long for running downloads; the rest is interrupted, resumable."""
@@ -688,11 +686,26 @@ class DownloadService:
             self._fail(active, error)
             return
         active.finished = trio.current_time()
-        active.repairing = False
+        repaired, active.repairing = active.repairing, False
         active.done.set()
         active.wake()
         if active.shared and active.stored.complete:
+            if self._nursery is not None:
+                self._nursery.start_soon(self._announce_other_names, active.task.id, repaired)
             await self._parts.discovery.announce(active.task.id, State.COMPLETE)
+
+    async def _announce_other_names(self, task_id: bytes, every: bool) -> None:
+        """Announce complete content also as the task of its digest, by which it is found whatever URL others know.
+
+        Args:
+            every: Under all its names: it had been incomplete, and was withdrawn.
+        """
+        await trio.sleep(self._parts.rng.uniform(0, OTHER_NAMES_WITHIN))
+        store = self._parts.store
+        names = store.public_names(task_id)
+        for name in names if every else names[:1]:
+            if name != task_id and not self._draining and store.public_names(name):  # not evicted meanwhile
+                await self._parts.discovery.announce(name, State.COMPLETE)
 
     async def _completed(self, active: Active) -> bool:
         """Check the whole content and seal it; `False` if some of it was wrong and is to be fetched anew."""
@@ -723,8 +736,10 @@ class DownloadService:
             return
         active.error = error
         active.done.set()
+        # Another download of the same content may have repaired it, under another name.
+        leaves = not (active.repairing and active.stored.complete and not active.stored.private)
         self._close(active)
-        if active.shared and self._nursery is not None:
+        if active.shared and leaves and self._nursery is not None:
             self._nursery.start_soon(self._parts.discovery.withdraw, active.task.id)
 
     def _close(self, active: Active) -> None:
@@ -765,6 +780,15 @@ class DownloadService:
             self._close(active)
         with suppress(PeerError):
             await self._parts.discovery.withdraw(task_id)
+
+    def _incomplete(self, task_ids: list[bytes]) -> None:
+        """Content lost pieces: it is announced only by the download that repairs it, if there is one."""
+        if self._nursery is None:
+            return
+        for task_id in task_ids:
+            active = self._active.get(task_id)
+            if active is None or not active.downloading:
+                self._nursery.start_soon(self._parts.discovery.withdraw, task_id)
 
     # --- edges.PeerEvents ----------------------------------------------------------------------------------------------
 
