@@ -24,6 +24,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "peers": ("cli.status:peers", "Nodes this one is connected to."),
     "status": ("cli.status:status", "What the daemon says about itself."),
     "doctor": ("cli.doctor:doctor", "Find what is wrong, and say what to do."),
+    "mirror": ("cli.mirror:mirror", "Container runtimes that pull through a node: configure, unconfigure."),
     "network": ("cli.network:network", "Closed networks: create, issue, revoke, show."),
     "demo": ("cli.demo:demo", "A small swarm on this machine: what it saves."),
 }

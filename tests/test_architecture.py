@@ -29,6 +29,7 @@ ENGINES = [
         f"swarm/download/{name}.py"
         for name in ("bans", "claims", "cutting", "exchange", "members", "picker", "policy", "request")
     ),
+    "swarm/mirror/setup.py",
     "swarm/origin/answers.py",
     "swarm/origin/retry.py",
     *(f"swarm/peer/{name}.py" for name in ("connection", "limits", "upload")),

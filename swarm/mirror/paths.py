@@ -33,6 +33,7 @@ _TAG: Final = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _HOST: Final = re.compile(
     r"(?P<host>\[[0-9a-f:.]{2,45}\]|[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*)(?::(?P<port>[0-9]{1,5}))?"
 )
+_PORT_IN_PATH: Final = re.compile(r"__([0-9]{1,5})\Z")
 _QUERY: Final = re.compile(r"[A-Za-z0-9\-._~!$&'()*+,;=:@/?%\[\]]*")
 _HUB_NAMES: Final = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"})
 
@@ -185,6 +186,19 @@ def is_host(component: str) -> bool:
     return "." in component or ":" in component or component == "localhost"
 
 
+def in_path(registry: str) -> str:
+    """A registry as the first component of a path: these clients refuse a colon there, so a port goes behind two underscores.
+
+    No host has underscores, and no name on Docker Hub begins like that.
+
+    Raises:
+        ConfigError: It is an IPv6 address, which no path can name.
+    """
+    if "[" in registry:
+        raise ConfigError(f"{registry} cannot be said in the path of an image: give the registry a name")
+    return registry.replace(":", "__")
+
+
 def _route(path: str, namespace: str, query: str) -> Target:
     for kind, marker in ((Kind.MANIFEST, "/manifests/"), (Kind.BLOB, "/blobs/"), (Kind.REFERRERS, "/referrers/")):
         # From the right: a repository may have a component of this name, a reference has no slash.
@@ -204,6 +218,7 @@ def _name(path: str, namespace: str) -> Name:
     if namespace:
         return parse_name(namespace, path)
     first, slash, rest = path.partition("/")
+    first = _PORT_IN_PATH.sub(r":\1", first)
     if slash and is_host(first):
         return parse_name(first, rest)
     return parse_name(DOCKER_HUB, path)
