@@ -46,7 +46,7 @@ METRICS: Final = (
     Declared("swarm_peer_events_total", "counter", "What the peer layer counted, by event.", ("event",)),
     Declared("swarm_dht_contacts", "gauge", "Contacts in the routing table."),
     Declared("swarm_dht_events_total", "counter", "What the DHT counted (messages, timeouts, refusals), by event.", ("event",)),
-    Declared("swarm_announcements", "gauge", "Tasks this node announces."),
+    Declared("swarm_announcements", "gauge", "Names this node announces; content of a URL has two, the other is its digest."),
     Declared("swarm_tasks", "gauge", "Tasks in the store, by state: complete or partial.", ("state",)),
     Declared("swarm_store_bytes", "gauge", "Room that content takes on the disk."),
     Declared("swarm_store_quota_bytes", "gauge", "Room that content may take; 0 without a quota."),

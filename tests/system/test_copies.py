@@ -120,6 +120,19 @@ def test_what_one_host_has_by_digest_others_get_without_the_origin() -> None:
         assert [it.said["from_peers"] for it in fetched] == [LENGTH] * 3
 
 
+def test_what_one_host_has_by_url_others_get_by_digest_without_the_origin() -> None:
+    """Host 3 knows nothing but the digest, host 1 another URL of the same content."""
+    with scene(3, LENGTH) as s:
+        s.cluster.start_all()
+        s.assert_all_have_it([s.cluster.fetch_one(2, s.url, timeout=30, name="first")])
+        s.origin.stop()
+        elsewhere = s.origin.url("elsewhere")
+        by_digest = s.cluster.fetch_one(3, s.file.digest, timeout=30)
+        by_other_url = s.cluster.fetch_one(1, elsewhere, "--digest", s.file.digest, timeout=30)
+        s.assert_all_have_it([by_digest, by_other_url])
+        assert [it.said["from_peers"] for it in (by_digest, by_other_url)] == [LENGTH] * 2
+
+
 def test_a_small_file_is_read_at_most_twice_by_eight_hosts() -> None:
     with scene(8, 200 * 1024, rate="100mbit") as s:
         s.cluster.start_all()
