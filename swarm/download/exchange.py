@@ -596,7 +596,8 @@ class Exchange:
             return
         self.why_origin[reading.why] += 1
         self._fetched_before = True
-        if self.ranges is None:
+        if self.ranges is None and piece > 0:
+            # The first piece says nothing: an answer with everything begins with the same bytes.
             self.ranges = True
         if took > 0:
             self._own_read_time = took if not self._own_read_time else 0.7 * self._own_read_time + 0.3 * took

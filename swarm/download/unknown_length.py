@@ -25,6 +25,11 @@ MAX_LOBBY = 256
 CLAIM_WHOLE_EVERY = 1.0
 """Seconds between claims of the one who reads content of unknown length."""
 
+READER_PATIENCE = 300.0
+MAX_READERS = 3
+"""Seconds for which claims of one reader are waited for, and readers waited for one after another: nobody can tell a long read
+from a promise without end."""
+
 GEOMETRY_PATIENCE = 15.0
 """Seconds to wait for a member that knows the geometry where the origin does not say it."""
 
@@ -45,6 +50,8 @@ class Lobby:
     """Every member we know of was asked."""
     changed: trio.Event = field(default_factory=trio.Event)
     quiet_since: float = 0.0
+    readers: dict[bytes, tuple[float, int]] = field(default_factory=dict)
+    """Whose claims of the whole were heard: since when, and the last number."""
 
     def meet(self, node_id: NodeId) -> None:
         if len(self.guests) < MAX_LOBBY:
@@ -54,6 +61,18 @@ class Lobby:
         """It does not know either, or went away."""
         self.awaiting.discard(node_id)
         self.changed.set()
+
+    def somebody_reads(self, key: bytes, seq: int, now: float) -> None:
+        """A claim of the whole, whose signature was checked; one that was heard before says nothing."""
+        known = self.readers.get(key)
+        if known is None and len(self.readers) >= MAX_READERS:
+            return
+        since, last = known or (now, -1)
+        if seq <= last:
+            return
+        self.readers[key] = since, seq
+        if now - since <= READER_PATIENCE:
+            self.quiet_since = now
 
     async def wait_for_members(self) -> None:
         """Until the geometry is known, or nobody is left who might tell it."""
@@ -244,7 +263,7 @@ class Lobbies:
             with suppress(IntegrityError, NotAMember):
                 body = self._parts.membership.verify("claim", signed, wire.ClaimBody)
                 if body.task == message.task and body.piece == WHOLE:
-                    lobby.quiet_since = trio.current_time()
+                    lobby.somebody_reads(signed.key, body.seq, trio.current_time())
 
 
 def _checked_geometry(join: wire.Join) -> Geometry:

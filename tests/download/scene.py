@@ -19,7 +19,7 @@ from swarm.download.policy import Policy
 from swarm.download.request import Fetched, FetchRequest, Progress
 from swarm.download.service import DownloadService
 from swarm.edges import Address, NodeId, OriginInfo, PeerLink, Provider, Source, Started, State
-from swarm.errors import OriginUnreachable, PeerError, RemoteProtocolError, SwarmError
+from swarm.errors import ContentChanged, OriginUnreachable, PeerError, RemoteProtocolError, SwarmError
 from swarm.store.memory import MemoryStore
 from swarm.task import MIN_PIECE_BYTES, Digest, Geometry, Task, blob_task, url_task
 
@@ -239,7 +239,8 @@ class ScriptedOrigin:
         reads: What was asked, as (start, stop).
         error: Raised by every call from now on.
         stops_after: Bytes after which it raises `error` in the middle of an answer.
-        serves_ranges: Without, every read gets all of the content.
+        serves_ranges: Without, every read gets the content from its start, as far as it was asked for.
+        breaks_at: Bytes after which one answer breaks off.
         tells_length: Without, the length is only known at the end.
         seconds_a_piece: How long 256 KiB take.
         open: Nothing is answered while this event is not set.
@@ -254,6 +255,7 @@ class ScriptedOrigin:
         self.error: SwarmError | None = None
         self.head_error: SwarmError | None = None
         self.stops_after: int | None = None
+        self.breaks_at: int | None = None
         self.serves_ranges = True
         self.knows_ranges = True
         self.tells_length = True
@@ -284,10 +286,12 @@ class ScriptedOrigin:
         self.reads.append((start, stop))
         await self.open.wait()
         await trio.sleep(0.01)
+        if expect is not None and expect.validator not in ("", self.validator):
+            raise ContentChanged("it has another version now")
         if self.error is not None and self.stops_after is None:
             raise self.error
         if not self.serves_ranges:
-            start, stop = 0, None
+            start = 0
         yield ScriptedBody(self, start, len(self.content.bytes) if stop is None else stop, self.content)
 
 
@@ -321,6 +325,9 @@ class ScriptedBody:
         await trio.sleep(size / MIN_PIECE_BYTES * origin.seconds_a_piece)
         if origin.stops_after is not None and origin.sent + size > origin.stops_after:
             raise origin.error or OriginUnreachable("it broke off")
+        if origin.breaks_at is not None and origin.sent + size > origin.breaks_at:
+            origin.breaks_at = None
+            raise OriginUnreachable("it broke off")
         origin.sent += size
         self.position += size
         return self.content.bytes[self.position - size : self.position]

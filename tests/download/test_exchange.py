@@ -145,6 +145,8 @@ def test_until_ranges_are_known_to_work_one_piece_is_read() -> None:
     engine = Engine(ranges=None).settled()
     assert engine.reads() == {0: Why.ALONE}
     engine.finish(0)
+    assert engine.reads() == {1: Why.ALONE}, "everything begins with the same bytes as the first piece"
+    engine.finish(1)
     assert len(engine.reads()) == POLICY.streams_alone
 
 
