@@ -359,6 +359,13 @@ def test_an_edit_that_cut_into_our_lines_is_refused(runtime: Runtime) -> None:
             plan_unconfigure(runtime, Found({path: edited}, once.record, once.originals, once.directories))
 
 
+def test_a_file_that_was_empty_is_kept_when_it_is_empty_again() -> None:
+    once = configured(Runtime.PODMAN, _found(Runtime.PODMAN, b""))
+    path = FILE[Runtime.PODMAN]
+    edited = Found({path: once.files[path] + b"\n"}, once.record, once.originals, once.directories)
+    assert unconfigured(Runtime.PODMAN, edited).files == {path: b"\n"}
+
+
 def test_a_file_that_somebody_removed_stays_removed() -> None:
     once = configured(Runtime.PODMAN, _found(Runtime.PODMAN, b"# mine\n"))
     gone = Found({}, once.record, once.originals, once.directories)

@@ -144,6 +144,11 @@ class Registry:
         return f"http://{self.name}"
 
     @property
+    def token_host(self) -> str:
+        """``address:port`` of the token server; empty without one."""
+        return f"{self.name.rpartition(':')[0]}:{self._token_port}" if self.access == "bearer" else ""
+
+    @property
     def pid(self) -> int:
         return self._processes[0].pid
 
