@@ -93,12 +93,14 @@ class Answer:
     Attributes:
         challenges: Every `WWW-Authenticate`, as it came.
         body: Empty but for 2xx.
+        redirected: Another host than that of the source gave it.
     """
 
     status: int
     headers: Headers = field(repr=False)
     challenges: tuple[str, ...] = field(default=(), repr=False)
     body: bytes = field(default=b"", repr=False)
+    redirected: bool = False
 
 
 def parse_content_range(text: str) -> ContentRange | None:

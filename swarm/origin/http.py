@@ -183,7 +183,8 @@ class HttpOrigin:
             answer = await self._answer(source, method, [], accept, form)
             try:
                 body = await self._small_body(source, answer, max_bytes) if answer.status < 300 and method != "HEAD" else b""
-                return Answer(answer.status, answer.headers, answer.challenges, body)
+                elsewhere = not answer.target.is_host_of(self._first_hop(source).target)
+                return Answer(answer.status, answer.headers, answer.challenges, body, elsewhere)
             except OriginUnreachable:
                 if retried:
                     raise
