@@ -18,13 +18,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from tests.benchmarks import many, one, parts
+from tests.benchmarks import many, mirror, one, parts
 from tests.benchmarks.many import BenchmarkFailed, Setting
 from tests.benchmarks.report import Limit, Result, Run, machine, read, row, table, write
 from tests.system.cluster import hosts_dir
 from tests.system.hosts import HostsError
 from tests.system.origin import MIB, OriginFailed
 from tests.system.processes import NotReady
+from tests.system.registry import RegistryFailed
+from tests.system.runtimes import RuntimeFailed
 
 # "At the same moment" is within 50 ms; a run on a machine too busy for that says nothing.
 TOGETHER: Final = Limit("start_spread_s", 0.05)
@@ -45,7 +47,7 @@ class Case:
     floor: float | None = None
 
 
-FAILURES: Final = (BenchmarkFailed, HostsError, NotReady, OriginFailed)
+FAILURES: Final = (BenchmarkFailed, HostsError, NotReady, OriginFailed, RegistryFailed, RuntimeFailed)
 FIRST_SEED: Final = 3  # seeds differ between runs, and are the same from one `make bench` to the next
 
 MBIT_50 = Setting(hosts=20, length=100 * MIB, link=50)
@@ -57,6 +59,11 @@ SMALL = Setting(hosts=20, length=3 * MIB, link=100)
 TINY = Setting(hosts=20, length=200 * 1024, link=100)
 ALONE = Setting(hosts=1, length=100 * MIB, link=50)
 JOINING = Setting(hosts=20, length=100 * MIB, link=100)
+
+# 481 MiB of files in five layers, 245 MiB on the wire.
+IMAGE = mirror.Setting(4, (1, 10, 50, 120, 300), 245 * MIB, random_share=0.49, origin=200)
+IMAGE_12 = mirror.Setting(12, (1, 10, 30, 60), 101 * MIB, link=100)
+UPDATE = mirror.Setting(4, (1, 10, 20, 40, 20), 20 * MIB, origin=200)
 
 
 def _swarm(name: str, title: str, setting: Setting, last_done: float, copies: float = 1.05) -> Case:
@@ -136,6 +143,50 @@ CASES: Final = (
         "one-to-one-memory",
         "the same into memory: without the disk's share",
         lambda seed: one.one_to_one(one.GIB, seed, parent=hosts_dir()),
+    ),
+    Case(
+        "mirror-4",
+        "4 containerds pull and unpack a 245 MiB image through mirrors, registry 200 Mbit/s",
+        functools.partial(mirror.containerds, IMAGE),
+        (Limit("copies", 1.05), Limit("seconds", 14.0), TOGETHER),
+        IMAGE.floor,
+    ),
+    Case(
+        "mirror-4-plain",
+        "the same without mirrors",
+        functools.partial(mirror.containerds, IMAGE, mirror=False),
+        floor=IMAGE.floor,
+    ),
+    Case(
+        "mirror-12",
+        "12 ctr content fetch of a 101 MiB image through mirrors, all links 100 Mbit/s",
+        functools.partial(mirror.fetching, IMAGE_12),
+        (Limit("copies", 1.05), TOGETHER),
+        IMAGE_12.floor,
+    ),
+    Case(
+        "mirror-update",
+        "4 containerds have an image and pull one with another last layer (20 of 91 MiB), registry 200 Mbit/s",
+        functools.partial(mirror.updating, UPDATE),
+        (Limit("new_layer_copies", 1.05), Limit("old_layers_bytes", 0), TOGETHER),
+        UPDATE.floor,
+    ),
+    Case(
+        "mirror-local",
+        "a 512 MiB blob that the node has, over loopback to curl, against nginx; manifests",
+        functools.partial(mirror.local, 512 * MIB),
+        (
+            Limit("of_nginx_rate", 0.6, at_least=True),
+            Limit("of_nginx_cpu", 4.0),
+            Limit("manifests_per_s", 2000, at_least=True),
+            Limit("manifest_errors", 0),
+        ),
+    ),
+    Case(
+        "mirror-1000",
+        "1,000 clients at once on one 100 MiB blob of one mirror",
+        functools.partial(mirror.crowd, 1000, 100 * MIB),
+        (Limit("copies", 1.0), Limit("errors", 0), Limit("most_resident_mib", 512)),
     ),
     *(
         Case(f"part-{name}", f"python -m tests.benchmarks.{name}", functools.partial(parts.measure, name))

@@ -215,22 +215,23 @@ def _write_layer(layer: Layer, file: BinaryIO) -> tuple[str, int, str]:
     source = random.Random(f"{layer.size} {layer.seed}")
     # Random bytes do not compress: storing them saves the time of finding out.
     gzip = _Gzip(file, 0 if layer.random_share >= 1 else 1)
-    left = layer.size
+    left, unpredictable = layer.size, 0.0
     with tarfile.open(fileobj=gzip, mode="w|", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]  # it only writes
         number = 0
         while left:
             size = min(left, source.choice(_FILE_SIZES))
             entry = tarfile.TarInfo(f"usr/lib/app{layer.seed}/{number // 64:03d}/f{number:05d}.bin")
             entry.size, entry.mtime, entry.mode = size, 0, 0o644
-            tar.addfile(entry, io.BytesIO(_content(source, size, layer.random_share)))
+            unpredictable += size * layer.random_share
+            compresses = unpredictable < size / 2
+            tar.addfile(entry, io.BytesIO(_text(source, size) if compresses else source.randbytes(size)))
+            unpredictable -= 0 if compresses else size
             left -= size
             number += 1
     digest, diff = gzip.end()
     return digest, file.tell(), diff
 
 
-def _content(source: random.Random, size: int, random_share: float) -> bytes:
-    if source.random() < random_share:
-        return source.randbytes(size)
+def _text(source: random.Random, size: int) -> bytes:
     words = b" ".join(b"%x" % source.getrandbits(24) for _ in range(512)) + b"\n"
     return (words * (size // len(words) + 1))[:size]

@@ -85,6 +85,16 @@ class Mirrored:
         return self.cluster.daemons[host].log.read_text(errors="replace")
 
 
+def members(directory: Path, *hosts: int) -> dict[int, Path]:
+    """A closed network, with a member's directory for each host."""
+    for argv in (
+        ["create", str(directory / "ca")],
+        ["issue", str(directory / "ca"), "--out", str(directory / "n"), "--count", "9"],
+    ):
+        subprocess.run([SWARM, "network", *argv], check=True, capture_output=True, timeout=30, env=clean_environment())
+    return {host: directory / "n" / str(host) for host in hosts}
+
+
 def settings(registry: Registry, more: str = "", **of_registry: object) -> str:
     """A configuration that lets the mirror read the registry, which has no TLS."""
     values = {"endpoint": registry.base, **of_registry}

@@ -186,9 +186,10 @@ class Containerd:
         """The command line of `fetch`, to be run in the same place."""
         return self.ctr("content", "fetch", "--hosts-dir", str(self.certs), *options, reference)
 
-    def cri_pull(self, reference: str, *, user: str = "", password: str = "", timeout: float = TIMEOUT) -> Pulled:
-        """What a kubelet does: containerd itself fetches and unpacks."""
+    def cri_pull(self, reference: str, *, login: tuple[str, str] | None = None, timeout: float = TIMEOUT) -> Pulled:
+        """What a kubelet does: containerd itself fetches and unpacks; `login` is a pod's pull secret."""
         began = time.monotonic()
+        user, password = login or ("", "")
         try:
             cri.pull(self._control, reference, user=user, password=password, timeout=timeout)
         except cri.CallFailed as error:

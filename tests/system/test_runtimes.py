@@ -65,7 +65,7 @@ def test_credentials_reach_the_registry_by_every_client(work: Path) -> None:
         image, reference = image_at(registry)
         plain_hosts(containerd, registry)
         assert containerd.cri_pull(reference).code == 1
-        assert containerd.cri_pull(reference, user="alice", password="secret").code == 0
+        assert containerd.cri_pull(reference, login=("alice", "secret")).code == 0
         podman, skopeo = Podman(work / "p"), Skopeo(work / "s")
         for client in (podman, skopeo):
             client.registries.write_text(insecure(registry))
