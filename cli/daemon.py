@@ -33,6 +33,7 @@ SIGNAL_EXIT: Final = 128
 )
 @join_option
 @network_options
+@click.option("--mirror", metavar="H:P", help="Registry mirror for container runtimes, as 127.0.0.1:7402 [default: off].")
 @click.option("--http", metavar="H:P", help="Metrics, health, read-only views; off for nowhere [default: 127.0.0.1:7403].")
 @click.option("--seed", is_flag=True, default=None, help="Announce complete content as a seed, which means to keep serving.")
 @click.option(
@@ -50,6 +51,7 @@ def daemon(
     join: tuple[str, ...],
     network: Path | None,
     open_network: str | None,
+    mirror: str | None,
     http: str | None,
     seed: bool | None,
     log_level: str | None,
@@ -81,6 +83,7 @@ def daemon(
             "network.join": list(join) or None,
             "network.directory": network,
             "network.open": open_network,
+            "mirror.listen": mirror,
             "http.listen": http,
             "seed": seed,
             "log.level": log_level,

@@ -200,6 +200,8 @@ def _ports(settings: Settings) -> Iterator[Finding]:
         wanted.append((Endpoint(listen.host, listen.port + 1), socket.SOCK_STREAM, "pieces"))
     if settings.http.listen is not None:
         wanted.append((settings.http.listen, socket.SOCK_STREAM, "HTTP"))
+    if settings.mirror.listen is not None:
+        wanted.append((settings.mirror.listen, socket.SOCK_STREAM, "mirror"))
     well = True
     for endpoint, kind, what in wanted:
         problem = _cannot_bind(endpoint, kind)

@@ -578,6 +578,7 @@ _FLAGS: Final = {
     "network.listen": "--listen",
     "network.advertise": "--advertise",
     "network.join": "--join",
+    "mirror.listen": "--mirror",
     "http.listen": "--http",
     "data_dir": "--data-dir",
     "seed": "--seed",

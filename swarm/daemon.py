@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import resource
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 import trio
@@ -37,7 +38,13 @@ from swarm.peer.settings import PeerSettings
 from swarm.quantities import Endpoint
 from swarm.store.disk import DiskStore
 
+if TYPE_CHECKING:
+    from swarm.mirror.mirror import Mirror
+
 log = structlog.get_logger(__name__)
+
+DESCRIPTORS_BESIDE: Final = 1024
+"""For everything but clients of the mirror: peers, contents, commands."""
 
 DEFAULT_NETWORK: Final = "default"
 """The open network of a node nobody gave one; on loopback only."""
@@ -90,6 +97,9 @@ async def run_node(
         face = http.listen(settings.http)
         if face is not None:
             life.callback(face.close)
+        mirror_face = listen_for_mirror(settings)
+        if mirror_face is not None:
+            life.callback(mirror_face.close)
         store = life.enter_context(open_store(settings, rng))
         await life.enter_async_context(running(store.run))
 
@@ -111,6 +121,9 @@ async def run_node(
         node.control = control
         if face is not None:
             await life.enter_async_context(running_aside(http.serve, node, face, settings.http))
+        if mirror_face is not None:
+            node.mirror = open_mirror(settings, mirror_face, store, swarm, origin)
+            await life.enter_async_context(running(node.mirror.run))
 
         kept = kept_names(store.entries())
         swarm.announcer.restore(kept)
@@ -184,9 +197,35 @@ def open_membership(settings: Settings) -> Network:
     return open_network(settings.network.open or DEFAULT_NETWORK, own, roles=roles)
 
 
+def listen_for_mirror(settings: Settings) -> socket.socket | None:
+    """Bind the registry face, if there is to be one; room for its clients is made among the descriptors."""
+    if settings.mirror.listen is None:
+        return None
+    from swarm.mirror.server import listen
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * settings.mirror.clients + DESCRIPTORS_BESIDE
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+    return listen(settings.mirror)
+
+
+def open_mirror(settings: Settings, face: socket.socket, store: DiskStore, swarm: Swarm, origin: OriginReader) -> Mirror:
+    """The registry face over the same downloads; imported only where there is one."""
+    from swarm.mirror.mirror import Mirror
+
+    return Mirror(settings.mirror, face, store, swarm.service, origin, settings.directory)
+
+
 def open_origin(settings: Settings, rng: random.Random) -> OriginReader:
     """Reading origins, under the egress policy."""
-    egress = EgressPolicy(_section(EgressSettings, settings.egress))
+    rules = {}
+    if settings.mirror.listen is not None:
+        from swarm.mirror.listed import egress_rule
+
+        rules["mirror"] = egress_rule(settings.mirror)
+    egress = EgressPolicy(_section(EgressSettings, settings.egress), rules=rules)
     return OriginReader(egress, _section(OriginSettings, settings.origin), rng=rng)
 
 

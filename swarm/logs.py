@@ -28,6 +28,8 @@ FIELDS: Final = frozenset(
         # how much
         "count", "bytes", "pieces", "peers", "tasks", "held", "dropped", "from_origin", "from_peers", "from_local",
         "why_origin",
+        # pulls through the mirror; names of images and addresses of clients, never what clients showed
+        "image", "reference", "client", "blobs", "not_asked", "failed", "from_store", "slowest_first_byte", "sent", "length",
     }
 )  # fmt: skip
 

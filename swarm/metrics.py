@@ -53,6 +53,13 @@ METRICS: Final = (
     Declared("swarm_store_free_bytes", "gauge", "Room free on the store's disk."),
     Declared("swarm_store_events_total", "counter", "What the store counted (evictions, rotten pieces), by event.", ("event",)),
     Declared("swarm_control_requests", "gauge", "Commands being answered on the control socket."),
+    Declared("swarm_mirror_answers_total", "counter", "Answers of the mirror.", ("registry", "kind", "status")),
+    Declared("swarm_mirror_sent_bytes_total", "counter", "Of blobs: from store, peers, origin.", ("registry", "source")),
+    Declared("swarm_mirror_saved_bytes_total", "counter", "Of them, not read from the registry.", ("registry",)),
+    Declared("swarm_mirror_first_byte_seconds", "histogram", "From the request for a blob to its first byte."),
+    Declared("swarm_mirror_stale_tags_total", "counter", "Answered while the registry did not.", ("registry",)),
+    Declared("swarm_mirror_cut_bodies_total", "counter", "Blobs that ended early, by reason.", ("reason",)),
+    Declared("swarm_mirror_clients", "gauge", "Connections of runtimes to the mirror."),
     Declared("swarm_process_resident_bytes", "gauge", "Memory of this process."),
     Declared("swarm_process_open_descriptors", "gauge", "Open descriptors of this process."),
     Declared("swarm_process_cpu_seconds_total", "counter", "Processor time of this process, user and system."),
@@ -91,7 +98,10 @@ class Measured(Protocol):
     """The node, as the metrics see it."""
 
     @property
-    def durations(self) -> Histogram: ...
+    def histograms(self) -> Mapping[str, Histogram]:
+        """The declared histograms there are, by name."""
+        ...
+
     def samples(self) -> Iterable[Sample]:
         """Values of the declared counters and gauges now."""
         ...
@@ -111,8 +121,11 @@ class Scrape:
             values.setdefault(name, []).append((labels, value))
         for metric in METRICS:
             if metric.kind == "histogram":
-                histogram = self._node.durations
-                yield HistogramMetricFamily(metric.name, metric.text, buckets=histogram.cumulative(), sum_value=histogram.total)
+                histogram = self._node.histograms.get(metric.name)
+                if histogram is not None:
+                    yield HistogramMetricFamily(
+                        metric.name, metric.text, buckets=histogram.cumulative(), sum_value=histogram.total
+                    )
                 continue
             kind: Any = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
             family = kind(metric.name, metric.text, labels=metric.labels)

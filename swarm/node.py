@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 import trio
@@ -33,6 +33,9 @@ from swarm.peer.settings import Ports
 from swarm.quantities import MIB
 from swarm.store.disk import DiskStore
 from swarm.task import split_url
+
+if TYPE_CHECKING:
+    from swarm.mirror.mirror import Mirror
 
 log = structlog.get_logger(__name__)
 
@@ -72,6 +75,7 @@ class Node:
         is_ready: Started, and not stopping.
         durations: Of fetches that succeeded, seconds.
         control: Set once there is one.
+        mirror: The registry face, where there is one.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Node:
         self.is_ready = False
         self.durations = Histogram()
         self.control: ControlServer | None = None
+        self.mirror: Mirror | None = None
 
     # --- fetching -------------------------------------------------------------------------------------------------
 
@@ -177,6 +182,7 @@ class Node:
             "control": str(self._swarm.listens(self._swarm.ports.control)),
             "pieces": str(self._swarm.listens(self._swarm.ports.pieces)),
             "http": str(_name_of(self._face)) if self._face is not None else None,
+            "mirror": self.mirror.address if self.mirror is not None else None,
             "data_dir": str(self._settings.directory.absolute()),
             "addresses": list(self._swarm.announcer.hosts),
             "commands": self.control.active if self.control is not None else 0,
@@ -250,6 +256,12 @@ class Node:
 
     # --- metrics ------------------------------------------------------------------------------------------------------
 
+    @property
+    def histograms(self) -> dict[str, Histogram]:
+        """See `metrics.Measured`."""
+        first_byte = self.mirror.tally.first_byte if self.mirror is not None else Histogram()
+        return {"swarm_fetch_duration_seconds": self.durations, "swarm_mirror_first_byte_seconds": first_byte}
+
     def samples(self) -> Iterator[Sample]:
         """Every declared value now, see `metrics.METRICS`."""
         totals = self._swarm.service.totals
@@ -287,6 +299,8 @@ class Node:
         ):
             yield "swarm_store_events_total", {"event": event}, count
         yield "swarm_control_requests", {}, self.control.active if self.control is not None else 0
+        if self.mirror is not None:
+            yield from self.mirror.samples()
         yield from _process_samples()
 
     def _peer_samples(self) -> Iterator[Sample]:

@@ -112,6 +112,14 @@ class Reader:
         offset = self.start - geometry.offset(piece)
         return self._stored.slice(piece, offset, min(limit - self.start, geometry.size(piece) - offset))
 
+    def read(self) -> bytes:
+        """Everything that is left, of content that is complete; for what is small.
+
+        Raises:
+            StoreError: It rotted just now.
+        """
+        return self._stored.read(self.start, self.stop - self.start)
+
     def advance(self, count: int) -> None:
         """So many bytes were given out."""
         self.start += count

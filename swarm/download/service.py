@@ -65,6 +65,7 @@ from swarm.errors import (
     NoSpace,
     NotAMember,
     NotPermitted,
+    OriginError,
     OriginUnreachable,
     PeerError,
     RemoteProtocolError,
@@ -89,6 +90,9 @@ SPOOL_CHUNK_BYTES = 1024 * 1024
 OTHER_NAMES_WITHIN = 1.0
 """Seconds until complete content is announced under its digest too: where many nodes end the same fetch at once, the
 announcements of the first must not take the processor from the last."""
+
+HOLDERS_MET = 4
+"""Holders dialled before a read, one after another; the read itself finds more."""
 
 LINGER_SECONDS = 2.0
 """A download whose last reader left waits so long for another: clients that resume, or read in parts, come back at once."""
@@ -273,7 +277,7 @@ class DownloadService:
         active = await self._activate(task, info, request, reads=True)
         try:
             start, stop = span(active.geometry.length)
-            whole = strict or (prefix and stop == active.geometry.length)
+            whole = strict or (stop == active.geometry.length and (prefix or start == 0))
             reader = Reader(
                 self._open_again(active), active, start, stop,
                 held_back=whole, strict=strict, closed=partial(self._reader_left, active),
@@ -284,6 +288,55 @@ class DownloadService:
         active.readers[reader] = (0, active.geometry.length) if whole else (start, stop)
         self._want_what_is_read(active)
         return reader
+
+    def is_here(self, digest: Digest) -> bool:
+        """Whether the store has all of this content."""
+        stored = self._parts.store.open(blob_task(digest).id)
+        if stored is None:
+            return False
+        try:
+            return stored.complete
+        finally:
+            stored.close()
+
+    async def length_of(self, request: FetchRequest) -> int:
+        """How long this content is, without reading it: it exists here, at its origin, or at a member.
+
+        Raises:
+            SwarmError: As `fetch`.
+        """
+        if request.digest is None or request.source is None:
+            raise LocalProtocolError("a length is asked for by digest and origin")
+        task_id = blob_task(request.digest).id
+        stored = self._parts.store.open(task_id)
+        if stored is not None:
+            try:
+                if stored.complete or task_id in self._active:
+                    return stored.geometry.length
+            finally:
+                stored.close()
+        try:
+            info = await self._parts.origin.head(request.source)
+        except OriginUnreachable:
+            if request.length is None or not await self.meet_holders(request.digest):
+                raise
+            return request.length
+        if info.length is None:
+            raise OriginError("the origin does not say how long the content is")
+        return info.length
+
+    async def meet_holders(self, digest: Digest) -> bool:
+        """Connect to members that have this content, so that a read begins at once; whether one has all of it."""
+        task_id = blob_task(digest).id
+        active = self._active.get(task_id)
+        if active is not None and (active.exchange.held | active.exchange.held_anywhere()).all():
+            return True
+        found = await self._parts.discovery.find(task_id)
+        holders = [provider for provider in found if provider.state in (State.COMPLETE, State.SEED)]
+        for provider in holders[:HOLDERS_MET]:
+            if await self._meeting.dial(provider) is not None:
+                return True
+        return False
 
     def _reader_left(self, active: Active, reader: Reader | None) -> None:
         active.readers.pop(reader, None)

@@ -20,7 +20,10 @@ class MirrorError(SwarmError):
         status: HTTP status; never 429, which podman waits on instead of asking the registry itself.
         code: The specification's word (`MANIFEST_UNKNOWN`, `DENIED`, ...).
         challenge: `WWW-Authenticate` of the registry, where the client is to answer it; empty: none is sent.
+        headers: Further headers of the answer.
     """
+
+    headers: tuple[tuple[str, str], ...] = ()
 
     def __init__(self, status: int, code: str, message: str, *, challenge: str = "") -> None:
         super().__init__(message)
@@ -105,8 +108,13 @@ class Registries(Protocol):
 class Authorizer(Protocol):
     """Who may read what (SECURITY: 1.11)."""
 
-    async def check(self, name: Name, digest: Digest, client: ClientCredentials | None) -> Grant:
+    async def check(
+        self, name: Name, digest: Digest, client: ClientCredentials | None, *, manifest: bool | None = None
+    ) -> Grant:
         """Ask, or remember, whether this client may read this content of this repository.
+
+        Args:
+            manifest: Whether it is one; `None` if that is not known.
 
         Raises:
             MirrorDenied: It may not, or nobody can say.

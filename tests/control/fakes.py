@@ -58,6 +58,10 @@ class FakeNode:
         self.cancelled = threading.Event()
         self.is_ready = True
         self.durations = Histogram()
+        self.histograms = {
+            "swarm_fetch_duration_seconds": self.durations,
+            "swarm_mirror_first_byte_seconds": Histogram(),
+        }
 
     async def fetch(
         self,
