@@ -102,7 +102,7 @@ class Hello(Struct, frozen=True, tag_field="t", tag="hello"):
     """First message of each side.
 
     `boot` tells a restarted peer from a second connection of the same one; `ticket` keys the pieces channel;
-    `control`/`pieces` are the ports the sender listens on (0: it does not); `reached_at` is the address it saw us dial from.
+    `control`/`pieces` are the ports the sender listens on (0: it does not).
     """
 
     version: Annotated[int, Meta(ge=1, le=1000)]

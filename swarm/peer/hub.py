@@ -515,7 +515,7 @@ class PeerHub:
             )
 
     def _membership_changed(self) -> None:
-        for link in list(self._links.values()):
+        for link in list(self._all):  # also those without a hello yet, one of which may be about to replace another
             if self._membership.certificate_of(link.public_key) is None:
                 link.end("no longer a member", code=websocket.REFUSED)
 

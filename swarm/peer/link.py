@@ -198,6 +198,7 @@ class Link:
             self._hub.peer_violated(self, str(error))
             self.end(str(error), code=websocket.VIOLATION)
         except SwarmError as error:
+            log.debug("connection ended", peer=self.node_id, reason=str(error))
             self.end(str(error), code=websocket.REFUSED if self.hello is None else 1000)
         except trio.TooSlowError:
             self.end(f"no opening handshake within {SETUP_SECONDS:g} s", code=websocket.REFUSED)

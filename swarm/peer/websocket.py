@@ -235,12 +235,16 @@ class ControlSocket:
 
         Raises:
             RemoteProtocolError: It was for something else.
+            PeerError: The other side went away meanwhile.
         """
-        request = await self._socket._get_request()
-        if request.path != PATH:
-            await request.reject(404)
-            raise errors.RemoteProtocolError("opening handshake for another path")
-        await request.accept()
+        try:
+            request = await self._socket._get_request()
+            if request.path != PATH:
+                await request.reject(404)
+                raise errors.RemoteProtocolError("opening handshake for another path")
+            await request.accept()
+        except (ConnectionClosed, WebSocketMisuse) as error:
+            raise PeerError("connection lost") from error
 
     async def send(self, message: bytes) -> None:
         """

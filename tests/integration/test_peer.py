@@ -514,6 +514,30 @@ def test_a_revoked_peer_is_dropped_when_the_membership_changes(monkeypatch):
     run(main)
 
 
+def test_a_peer_revoked_while_it_replaces_its_link_gets_no_new_one(monkeypatch):
+    """Its second connection has shown its certificate, and would say hello next."""
+
+    async def main() -> None:
+        one, bad = make_node(), make_node()
+        async with running(one, bad):
+            await bad.connect(one)
+            await until(lambda: one.service.ups)
+            _, control, _ = await raw_link(bad, one)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(control.read)
+                await control.connect()
+                assert len(one.hub._all) == 2
+                monkeypatch.setattr(one.network, "certificate_of", lambda key: None)
+                for callback in one.network._callbacks:
+                    callback()
+                await until(lambda: bad.service.downs and control.close_code)
+            await control.aclose()
+            assert control.close_code == websocket.REFUSED
+            assert len(one.service.ups) == len(one.service.downs) == 1
+
+    run(main, seconds=5)  # well before the ten seconds after which it would be closed for its silence
+
+
 def test_a_banned_peer_is_dropped_and_gets_no_new_link():
     async def main() -> None:
         one, two = make_node(), make_node()

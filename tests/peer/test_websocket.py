@@ -291,6 +291,26 @@ def test_a_request_for_another_path_is_refused():
     run(main)
 
 
+@pytest.mark.parametrize("path", [websocket.PATH, "/other"])
+def test_a_client_that_goes_away_before_it_is_answered_is_a_lost_connection(path):
+    async def main() -> None:
+        near, far = trio.testing.memory_stream_pair()
+        server = ControlSocket(near, lambda message: None, client=False)
+
+        async def hang_up() -> None:
+            raise trio.BrokenResourceError
+
+        near.send_stream.send_all_hook = hang_up
+        await far.send_all(WSConnection(ConnectionType.CLIENT).send(Request(host="x", target=path)))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.read)
+            with pytest.raises(PeerError, match="connection lost"):
+                await server.accept()
+            await server.aclose()
+
+    run(main)
+
+
 def test_what_the_receiver_of_messages_raises_ends_the_reader():
     async def main() -> None:
         def refuse(message: bytes) -> None:
