@@ -7,7 +7,9 @@ import configparser
 import inspect
 import re
 import shlex
+import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import click
@@ -206,6 +208,29 @@ def test_every_dependency_has_a_reason_and_the_floor_that_is_declared() -> None:
         number = re.match(r"\d+(\.\d+)?", floor.lstrip("="))
         assert number is not None
         assert number[0] in told[name], f"{name}: {floor} in pyproject.toml, {told[name]!r} in the page"
+
+
+def imported(path: Path) -> set[str]:
+    """Top names of what a file imports, at its head or inside."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_every_package_that_is_imported_is_declared_itself_and_no_other() -> None:
+    """What another dependency happens to bring may be gone with its next version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split("[>=]", line)[0] for line in project["dependencies"]}
+    ours = {path for path in SOURCES if path.relative_to(ROOT).parts[0] != "tests"}
+    used = set[str]().union(*map(imported, ours)) - sys.stdlib_module_names - {"swarm", "cli", "scheduler", "simulations"}
+    packages = metadata.packages_distributions()
+    assert {packages[name][0].lower().replace("_", "-") for name in used} == declared - {
+        "sniffio"
+    }  # which httpcore imports if it is there
 
 
 def test_no_line_of_a_page_is_too_long_to_read_in_an_editor() -> None:
