@@ -92,7 +92,7 @@ class RequestReader:
             raise BadRequest(431, "the head of the request is too long")
         if b"\r\n" not in buffer[: MAX_REQUEST_LINE_BYTES + 2] and len(buffer) > MAX_REQUEST_LINE_BYTES:
             raise BadRequest(414, "the request line is too long")
-        if _BARE.search(buffer, 0, max(0, len(buffer) - 1)):
+        if _BARE.search(buffer, 0, len(buffer) - buffer.endswith(b"\r")):
             raise BadRequest(400, "lines end with CR LF")
 
     def _parse(self, head: bytes) -> Request:
@@ -104,6 +104,8 @@ class RequestReader:
             event = http.next_event()
             if not isinstance(event, h11.Request):
                 raise BadRequest(400, "not a request")
+            if event.http_version not in (b"1.0", b"1.1"):
+                raise BadRequest(505, "only HTTP/1.1 is spoken here")
             headers: dict[str, str] = {}
             for name, value in event.headers:
                 key, text = name.decode("ascii"), value.decode("latin-1")
