@@ -132,6 +132,13 @@ class PeersSettings:
         "Send pieces over TLS always. Otherwise they travel in clear, protected against change by signed proofs, except "
         "content that needed credentials.",
     )
+    give_up: float = setting(
+        15.0,
+        "A download that cannot read its origin fails when nothing has come from other nodes for so long.",
+        unit="duration",
+        at_least=1,
+        at_most=86400,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -283,7 +283,7 @@ def connect(
         rng=rng,
         seed_role=settings.seed,
     )
-    service = DownloadService(membership, store, announcer, origin, rng=rng)
+    service = DownloadService(membership, store, announcer, origin, rng=rng, give_up_after=settings.peers.give_up)
     peers = PeerSettings(
         encrypt=settings.peers.encrypt,
         upload_rate=settings.peers.upload_rate,

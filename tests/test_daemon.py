@@ -1,13 +1,15 @@
 """The composition root: starting and stopping parts, and what their failures become."""
 
 import socket
+from dataclasses import replace
 
 import pytest
 import trio
 
-from swarm.config import HttpSettings, NetworkSettings, Settings, StoreSettings
+from swarm.config import HttpSettings, NetworkSettings, PeersSettings, Settings, StoreSettings
 from swarm.daemon import Stop, _section, flatten, listen_address, run_node, running
 from swarm.dht.transport import UdpTransport
+from swarm.download.service import DownloadService
 from swarm.egress import EgressSettings
 from swarm.errors import ConfigError, StoreBusy, SwarmError
 from swarm.origin.origin import OriginSettings
@@ -28,6 +30,26 @@ def test_parts_take_their_settings_from_the_section_of_the_same_names():
     given = Settings()
     assert _section(OriginSettings, given.origin) == OriginSettings()  # the same defaults, documented once
     assert _section(EgressSettings, given.egress) == EgressSettings()
+
+
+def test_the_service_waits_for_peers_as_long_as_the_setting_says(tmp_path, monkeypatch):
+    given = {}
+
+    class Spied(DownloadService):
+        def __init__(self, *parts, **options):
+            given.update(options)
+            super().__init__(*parts, **options)
+
+    monkeypatch.setattr("swarm.daemon.DownloadService", Spied)
+
+    async def main():
+        stop = Stop()
+        with trio.fail_after(20):
+            wanted = replace(settings(tmp_path), peers=PeersSettings(give_up=70.0))
+            await run_node(wanted, stop=stop, ready=lambda _: stop.ask())
+
+    trio.run(main)
+    assert given["give_up_after"] == 70.0
 
 
 def test_a_node_starts_says_so_and_leaves_nothing(tmp_path):

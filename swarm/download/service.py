@@ -98,7 +98,7 @@ LINGER_SECONDS = 2.0
 """A download whose last reader left waits so long for another: clients that resume, or read in parts, come back at once."""
 
 GIVE_UP_AFTER = 15.0
-"""Seconds without any progress after which a download that cannot read its origin fails."""
+"""Seconds; see `DownloadService`."""
 
 OPEN_HEADERS = frozenset({"accept", "accept-encoding", "accept-language", "cache-control", "pragma", "user-agent"})
 """What everybody may send.  Any other header may open what is closed to others (`Authorization`, `Cookie`, `PRIVATE-TOKEN`,
@@ -120,13 +120,20 @@ class DownloadService:
         wall_clock: Callable[[], float] = time.time,
         on_finished: Callable[[Fetched], None] | None = None,
         spool_dir: str | None = None,
+        give_up_after: float = GIVE_UP_AFTER,
     ) -> None:
-        """`spool_dir` takes content of unknown length while it is read; the default is the system's."""
+        """Make a service.
+
+        Args:
+            spool_dir: Takes content of unknown length while it is read; the default is the system's.
+            give_up_after: Seconds without any progress after which a download that cannot read its origin fails.
+        """
         self._parts = Parts(
             membership, store, discovery, origin, policy or Policy(), rng or Random(), wall_clock, spool_dir,
             claim_seq=int(wall_clock() * 1000),
         )  # fmt: skip
         self._on_finished = on_finished
+        self._give_up_after = give_up_after
         self._nursery: trio.Nursery | None = None
         self._active: dict[bytes, Active] = {}
         self._opening: dict[bytes, trio.Event] = {}
@@ -688,7 +695,7 @@ class DownloadService:
         """A download whose origin cannot be read and whose peers bring nothing ends in the origin's error."""
         if active.exchange.may_read_origin and active.origin_error is None:
             return
-        if active.exchange.settled and now - active.last_byte >= GIVE_UP_AFTER:
+        if active.exchange.settled and now - active.last_byte >= self._give_up_after:
             self._fail(
                 active,
                 active.origin_error

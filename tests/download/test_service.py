@@ -305,6 +305,15 @@ async def test_without_an_origin_and_not_enough_at_peers_the_error_says_that(sce
 
 
 @runs()
+async def test_how_long_a_download_without_an_origin_waits_for_peers_is_a_setting(scene: Scene) -> None:
+    scene.peer().takes_part([0, 1]).serves(scene.content)
+    scene.service._give_up_after = 3.0
+    with pytest.raises(OriginUnreachable):
+        await scene.fetch(scene.request(no_origin=True)).outcome()
+    assert 3.0 <= trio.current_time() < 6.0
+
+
+@runs()
 async def test_without_an_origin_and_without_anybody_the_error_names_the_content_at_once(scene: Scene) -> None:
     scene.peer()
     scene.by_id[next(iter(scene.by_id))].say(wire.Leave(scene.task.id))
