@@ -266,7 +266,7 @@ def read_docker_config(path: Path) -> _DockerConfig:
         raise wrong from None  # its message would quote the secret
     if not isinstance(found, dict):
         raise wrong
-    auths, helpers, store = found.get("auths") or {}, found.get("credHelpers") or {}, found.get("credsStore") or ""
+    auths, helpers, store = found.get("auths", {}), found.get("credHelpers", {}), found.get("credsStore", "")
     if not isinstance(auths, dict) or not isinstance(helpers, dict) or not isinstance(store, str):
         raise wrong
     for helper in (*helpers.values(), *([store] if store else [])):
