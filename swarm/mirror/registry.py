@@ -247,8 +247,9 @@ class Registries:
         if answer.status in (405, 501):
             return await self._probe_by_reading(name, path, asker)
         if answer.status == 200:
-            said = _digest_of(answer.headers, str(digest))  # raises for another one
-            if said is None and answer.headers.get("content-type", "").lower().startswith("text/html"):
+            _digest_of(answer.headers, str(digest))  # raises for another one
+            is_page = answer.headers.get("content-type", "").strip().lower().startswith("text/html")
+            if is_page and "docker-content-digest" not in answer.headers:
                 raise OriginError(f"{name.registry} answers with a web page; it is no registry, or wants people to log in")
         return answer.status
 

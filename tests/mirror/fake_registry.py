@@ -70,6 +70,7 @@ class FakeRegistry:
     token_asked: list[Asked] = field(default_factory=list)
     forms: list[dict[str, list[str]]] = field(default_factory=list)
     refresh_tokens: dict[str, str] = field(default_factory=dict)
+    is_down: bool = False
 
     def push(self, repository: str, tag: str, *blobs: bytes, readers: set[str] | None = None) -> tuple[Digest, list[Digest]]:
         """A manifest that lists these blobs."""
@@ -84,6 +85,8 @@ class FakeRegistry:
         return digest, digests
 
     def serve(self, asked: Asked) -> Reply | Awaitable[Reply | None]:
+        if self.is_down:
+            return _hang_up()
         self.asked.append(asked)
         path = urlsplit(asked.target).path
         if path in self.lies:
@@ -149,6 +152,10 @@ class FakeRegistry:
 
     def paths(self) -> list[str]:
         return [f"{asked.method} {asked.target}" for asked in self.asked]
+
+
+async def _hang_up() -> None:
+    return None
 
 
 def web_of(*registries: FakeRegistry, port: int = 80) -> Web:
