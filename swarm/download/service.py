@@ -277,7 +277,11 @@ class DownloadService:
         task = blob_task(request.digest, shared=self._may_share(request))
         stored = self._parts.store.open(task.id)
         if stored is not None and stored.complete:
-            return Reader(stored, None, *span(stored.geometry.length), held_back=False)
+            try:
+                return Reader(stored, None, *span(stored.geometry.length), held_back=False)
+            except BaseException:
+                stored.close()
+                raise
         if stored is not None:
             stored.close()
         info = OriginInfo(request.length) if request.length is not None else None

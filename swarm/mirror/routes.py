@@ -110,7 +110,7 @@ class Routes:
             with trio.move_on_after(self._settings.answer_timeout):
                 answer = await self._route(request, target)
                 answer.target = target
-                return self._counted(answer)
+                return self._counted(request, answer)
             log.warning("mirror_too_slow", **_what(target))
             error: SwarmError = MirrorError(504, "UNAVAILABLE", "neither the swarm nor the registry answered in time")
         except SwarmError as caught:
@@ -122,13 +122,15 @@ class Routes:
         failed.target = target
         if failed.status >= 500:
             log.warning("mirror_failed", status=failed.status, reason=str(error), **_what(target))
-        return self._counted(failed)
+        return self._counted(request, failed)
 
-    def _counted(self, answer: Answer) -> Answer:
+    def _counted(self, request: Request, answer: Answer) -> Answer:
         # A name only gets a row of its own once it stood for something: anybody can ask for anything.
         label = self._tally.label(answer.registry, new=answer.status < 400) if answer.registry else ""
         self._tally.answers[label, answer.kind, answer.status] += 1
         answer.headers += COMMON
+        if request.method == "HEAD":
+            answer.body = b""
         if answer.target is not None and answer.target.namespace:
             answer.headers.append(("OCI-Namespace", answer.target.namespace))
         return answer
@@ -157,7 +159,7 @@ class Routes:
     async def _route(self, request: Request, target: Target) -> Answer:
         name = target.name
         if name is None:
-            return _small(200, b"{}", "application/json", request)
+            return _base()
         if not self._registries.allowed(name.registry):
             raise MirrorError(
                 403, "DENIED", f"{name.registry} is not among the registries of this mirror; see mirror.registries"
@@ -173,7 +175,7 @@ class Routes:
             case Kind.TAGS | Kind.REFERRERS:
                 return await self._pass_through(request, target, name, client)
             case Kind.BASE:
-                return _small(200, b"{}", "application/json", request)
+                return _base()
             case _:
                 assert_never(target.kind)
 
@@ -199,7 +201,7 @@ class Routes:
         headers = [("Content-Type", media_type), *_identity(digest)]
         if is_fresh(request.header("if-none-match"), etag(digest)):
             return Answer(304, headers)
-        return Answer(200, headers, b"" if request.method == "HEAD" else body, length)
+        return Answer(200, headers, body, length)
 
     # --- blobs ---
 
@@ -265,7 +267,7 @@ class Routes:
     async def _pass_through(self, request: Request, target: Target, name: Name, client: ClientCredentials | None) -> Answer:
         tail = "tags/list" if target.kind is Kind.TAGS else f"referrers/{target.reference}"
         passed = await self._registries.pass_through(name, tail, target.query, client)
-        return Answer(passed.status, list(passed.headers), b"" if request.method == "HEAD" else passed.body, len(passed.body))
+        return Answer(passed.status, list(passed.headers), passed.body, len(passed.body))
 
 
 def failure(error: SwarmError, target: Target | None) -> Answer:
@@ -312,8 +314,8 @@ def _identity(digest: Digest) -> list[tuple[str, str]]:
     return [("Docker-Content-Digest", str(digest)), ("ETag", etag(digest))]
 
 
-def _small(status: int, body: bytes, media_type: str, request: Request) -> Answer:
-    return Answer(status, [("Content-Type", media_type)], b"" if request.method == "HEAD" else body, len(body))
+def _base() -> Answer:
+    return Answer(200, [("Content-Type", "application/json")], b"{}", 2)
 
 
 def _is_bounded(range_untrusted: str) -> bool:

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
-from typing import Final
+from typing import Final, TypeVar
 
 import h11
 import trio
@@ -26,6 +26,9 @@ CLIENT_RULE: Final = ProgressRule(silence=60.0, floor=2048.0, window=120.0)
 
 REOPENINGS: Final = 3
 """Times that rotten pieces are fetched again for one answer."""
+
+
+T = TypeVar("T")
 
 
 class ClientGone(Exception):
@@ -160,7 +163,7 @@ class Sender:
             if limit > reader.start:
                 return limit
             with trio.move_on_after(self._patience):
-                return await self._unless_gone(reader.wait)
+                return await self.unless_gone(reader.wait)
         except SwarmError as error:
             raise BodyCut(str(error)) from error
         raise BodyCut(f"no further byte within {self._patience:g} s")
@@ -176,10 +179,14 @@ class Sender:
         finally:
             old.close()
 
-    async def _unless_gone(self, wait: Callable[[], Awaitable[int]]) -> int:
-        """Wait, unless the client closes first."""
+    async def unless_gone(self, wait: Callable[[], Awaitable[T]]) -> T:
+        """Wait, unless the client closes first.
+
+        Raises:
+            ClientGone: It did, and `wait` was cancelled.
+        """
         gone = False
-        result: int | None = None
+        result: T | None = None
         failure: SwarmError | None = None
 
         async def watch() -> None:

@@ -8,6 +8,7 @@ registries.  Goals: an answer or an error within seconds, bytes that were verifi
 from __future__ import annotations
 
 import socket
+from functools import partial
 from typing import Final
 
 import structlog
@@ -118,7 +119,11 @@ class MirrorServer:
     async def _serve(self, stream: trio.SocketStream, sender: Sender, request: Request, client: str) -> bool:
         """Answer one request; `False` where the connection cannot go on."""
         began = trio.current_time()
-        answer = await self._routes.answer(request)
+        if request.method == "GET" and b"/blobs/" in request.target:
+            # May take seconds, and a download must not go on for somebody who has left.
+            answer = await sender.unless_gone(partial(self._routes.answer, request))
+        else:
+            answer = await self._routes.answer(request)
         sent = Sent()
         outcome = "ok"
         try:
