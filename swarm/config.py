@@ -44,7 +44,9 @@ _SERVICE_LINK: Final = re.compile(
 )
 """What Kubernetes puts into every container for a Service whose name begins with `swarm`: not meant for us."""
 
-_REGISTRY: Final = re.compile(r"(\*\.)?([a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+_REGISTRY: Final = re.compile(
+    r"(\*\.)?([a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*|\[[0-9a-f:.]{2,45}\])(:[1-9][0-9]{0,4})?"
+)
 _ENDPOINT: Final = re.compile(r"https?://([A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[[0-9a-f:.]+\])(:[0-9]{1,5})?/?")
 _PROGRAM: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -672,7 +674,7 @@ def _registries(value: object, what: str) -> Registries:
 
 
 def _registry_name(name: str, what: str) -> str:
-    if not _REGISTRY.fullmatch(name.lower()):
+    if len(name) > 253 or not _REGISTRY.fullmatch(name.lower()):
         raise ConfigError(f"{what}: {shown(name)} names no registry; write host, host:port or *.domain, without http://")
     return name.lower()
 
