@@ -20,7 +20,7 @@ from swarm.download.claims import WHOLE, ClaimBook, Rendezvous, slow
 from swarm.download.picker import Neighbour, Requests, choose_requests
 from swarm.download.policy import Policy
 from swarm.errors import RemoteProtocolError
-from swarm.task import Geometry
+from swarm.task import MIN_PIECE_BYTES, Geometry
 
 NodeId = bytes
 INFINITY = float("inf")
@@ -216,9 +216,11 @@ class Exchange:
         return max(self.policy.overloaded, self.policy.overloaded_piece_times * self._piece_time)
 
     def held_anywhere(self) -> pieces.PieceSet:
+        """By neighbours that are not doubted."""
         somewhere = pieces.none(self.geometry.piece_count)
         for neighbour in self.neighbours.values():
-            somewhere |= neighbour.held
+            if not neighbour.doubted:
+                somewhere |= neighbour.held
         return somewhere
 
     def distance(self, node_id: NodeId) -> int:
@@ -287,7 +289,7 @@ class Exchange:
         held = pieces.full(count) if join.complete else pieces.from_wire(join.held, count)
         known = self.neighbours.get(node_id)
         if known is None:
-            known = Neighbour(node_id, self.distance(node_id), pieces.none(count), last_spread=now)
+            known = Neighbour(node_id, self.distance(node_id), pieces.none(count), last_spread=now, gave=now)
             self.neighbours[node_id] = known
             self._introduce(known)
         self._candidates_until = -INFINITY
@@ -374,7 +376,7 @@ class Exchange:
         neighbour = self.neighbours.get(node_id)
         if neighbour is None:
             return
-        self._last_progress = now
+        self._last_progress = neighbour.gave = now
         self.requests.started(neighbour, piece)
         for other_id in list(self.requests.queued.get(piece, ())):
             self._cancel(other_id, piece)
@@ -395,6 +397,7 @@ class Exchange:
             if neighbour is not None:
                 self.requests.ended(neighbour, piece)
                 neighbour.failures = 0
+                neighbour.doubted = False
             self._last_from_peer = now
         if took > 0:
             self._piece_time = took if not self._piece_time else 0.8 * self._piece_time + 0.2 * took
@@ -434,6 +437,7 @@ class Exchange:
         if neighbour.failures >= self.policy.peer_failures or status == wire.REFUSED:
             neighbour.paused_until = now + self.policy.peer_pause
             neighbour.failures = 0
+            neighbour.doubted = True
 
     def piece_uploaded(self, node_id: NodeId, piece: int, now: float) -> None:
         """We sent the whole piece: the neighbour has it, or will say that it was bad."""
@@ -497,6 +501,7 @@ class Exchange:
         """Decide anew.  Cheap when nothing changed."""
         self._expire(now)
         if not self.complete:
+            self._doubt(now)
             self._choose_origin(now)
             self._choose_requests(now)
         self._renew(now)
@@ -756,9 +761,25 @@ class Exchange:
             self._begin(WHOLE, Why.STREAM, now)
             self._claim([WHOLE])
 
+    def _stuck_after(self) -> float:
+        return max(self.policy.stuck_holder, self.policy.stuck_piece_times * self._piece_time)
+
+    def _doubt(self, now: float) -> None:
+        """Whoever lets our requests wait and sends nothing may have nothing; two such would hide all pieces from every reader.
+
+        While no piece was timed yet, large ones are given more time.
+        """
+        bound = self._stuck_after()
+        if not self._piece_time:
+            bound *= self.geometry.piece_length / MIN_PIECE_BYTES
+        for neighbour in self.neighbours.values():
+            if neighbour.queued and not neighbour.doubted and now - neighbour.gave >= bound:
+                waiting_since = min(neighbour.queued.values())
+                neighbour.doubted = now - waiting_since >= bound
+
     def _unstick(self, now: float) -> None:
         """Nothing is free, yet a piece sits at one holder that spreads nothing: it may be a liar or a dying link."""
-        bound = max(self.policy.stuck_holder, self.policy.stuck_piece_times * self._piece_time)
+        bound = self._stuck_after()
         for piece, since in self._single_since.items():
             if self.held[piece] or not self.wanted[piece] or now - since < bound or piece in self.requests.arriving:
                 continue

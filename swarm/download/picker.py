@@ -30,6 +30,8 @@ class Neighbour:
         untold: Pieces we hold that it was not told of, because it holds them too.
         last_spread: When a piece it had alone was last seen elsewhere.
         lost: How many pieces it has withdrawn so far.
+        gave: When it last began to send a piece, or joined.
+        doubted: It was asked and gave nothing: what it says it holds keeps nobody from reading it elsewhere.
     """
 
     node_id: NodeId
@@ -44,6 +46,8 @@ class Neighbour:
     failures: int = 0
     last_spread: float = 0.0
     lost: int = 0
+    gave: float = 0.0
+    doubted: bool = False
 
 
 @dataclass(slots=True)

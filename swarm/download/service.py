@@ -491,8 +491,7 @@ class DownloadService:
             opening.set()
 
     async def _start(self, task: Task, info: OriginInfo | None, request: FetchRequest, *, reads: bool) -> Active:
-        nursery = self._nursery
-        if nursery is None:
+        if self._nursery is None:
             raise Interrupted("the daemon is stopping")
         source = None if request.no_origin else request.source
         found: list[Provider] = []
@@ -511,16 +510,19 @@ class DownloadService:
         except BaseException:
             # It may have been announced already; nobody is to come for what we do not even want any more.
             self._lobbies.dismiss(task.id, lobby)
-            if task.shared:
-                nursery.start_soon(self._parts.discovery.withdraw, task.id)
+            if task.shared and self._nursery is not None:
+                self._nursery.start_soon(self._parts.discovery.withdraw, task.id)
             raise
+        if self._nursery is None:
+            active.stored.close()
+            raise Interrupted("the daemon is stopping")
         if request.byte_range is not None:
             self._narrow(active, request.byte_range)
         if reads:
             active.exchange.want(pieces.none(active.geometry.piece_count))  # until the reader says what it reads
             active.whole_content = False
         self._active[task.id] = active
-        nursery.start_soon(self._run_active, active, found)
+        self._nursery.start_soon(self._run_active, active, found)
         for node_id in lobby.guests:
             link = self._parts.link(node_id)
             if link is not None:

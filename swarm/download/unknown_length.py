@@ -17,13 +17,19 @@ from swarm.download.claims import WHOLE, score
 from swarm.download.meeting import Meeting
 from swarm.edges import NodeId, OriginInfo, PeerLink, Provider, Source, State
 from swarm.errors import IntegrityError, NoSpace, NotAMember, NotPermitted, OriginError, OriginUnreachable, RemoteProtocolError
+from swarm.identity import node_id_of
 from swarm.task import MIN_PIECE_BYTES, Geometry, Task
+
+INFINITY = float("inf")
 
 MAX_LOBBY = 256
 """Members remembered as waiting with us; the others find us when we are announced."""
 
 CLAIM_WHOLE_EVERY = 1.0
 """Seconds between claims of the one who reads content of unknown length."""
+
+QUIET_SECONDS = 2 * CLAIM_WHOLE_EVERY
+"""Without a claim for so long nobody reads."""
 
 READER_PATIENCE = 300.0
 MAX_READERS = 3
@@ -49,9 +55,14 @@ class Lobby:
     looked: bool = False
     """Every member we know of was asked."""
     changed: trio.Event = field(default_factory=trio.Event)
-    quiet_since: float = 0.0
+    quiet_since: float = -INFINITY
+    """When a claim of a reader was heard last, or we began to read."""
     readers: dict[bytes, tuple[float, int]] = field(default_factory=dict)
     """Whose claims of the whole were heard: since when, and the last number."""
+    claim: wire.Signed | None = None
+    """Ours, while we read."""
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    """Of our read."""
 
     def meet(self, node_id: NodeId) -> None:
         if len(self.guests) < MAX_LOBBY:
@@ -62,17 +73,19 @@ class Lobby:
         self.awaiting.discard(node_id)
         self.changed.set()
 
-    def somebody_reads(self, key: bytes, seq: int, now: float) -> None:
-        """A claim of the whole, whose signature was checked; one that was heard before says nothing."""
+    def somebody_reads(self, key: bytes, seq: int, now: float) -> bool:
+        """A claim of the whole, whose signature was checked.  Returns whether it counts; one heard before does not."""
         known = self.readers.get(key)
         if known is None and len(self.readers) >= MAX_READERS:
-            return
+            return False
         since, last = known or (now, -1)
         if seq <= last:
-            return
+            return False
         self.readers[key] = since, seq
-        if now - since <= READER_PATIENCE:
-            self.quiet_since = now
+        if now - since > READER_PATIENCE:
+            return False
+        self.quiet_since = now
+        return True
 
     async def wait_for_members(self) -> None:
         """Until the geometry is known, or nobody is left who might tell it."""
@@ -147,46 +160,64 @@ class Lobbies:
         """
         lobby = self._lobbies[task.id] = Lobby()
         try:
-            if task.shared:
-                await self._wait_for_a_reader(task, lobby)
-            if lobby.geometry is None:
-                await self._read_all(task, source, info, spool, lobby)
+            rank = await self._rank(task, lobby) if task.shared else 0
+            while True:
+                await self._wait_for_a_reader(lobby, rank)
+                if lobby.geometry is not None:
+                    return lobby
+                if await self._read_all(task, source, info, spool, lobby):
+                    lobby.geometry = None  # what somebody told meanwhile counts less than what we read
+                    return lobby
+                rank = max(1, rank)
         except BaseException:
             self.dismiss(task.id, lobby)
             raise
         finally:
             del self._lobbies[task.id]
-        return lobby
 
-    async def _read_all(self, task: Task, source: Source, info: OriginInfo, spool: Spool, lobby: Lobby) -> None:
+    async def _read_all(self, task: Task, source: Source, info: OriginInfo, spool: Spool, lobby: Lobby) -> bool:
+        """`False`: somebody who goes before us had begun at the same moment, and goes on."""
         failure: OriginError | NotPermitted | NoSpace | None = None
+        whole = False
+        spool.clear()
         async with trio.open_nursery() as nursery:
+            lobby.scope = nursery.cancel_scope
+            lobby.quiet_since = trio.current_time()
             nursery.start_soon(self._claim_whole, task, lobby)
             try:
                 async with self._parts.origin.read(source, 0, None, expect=info) as body:
                     async for chunk in body.chunks():
                         spool.write(chunk)
+                whole = True
             except (OriginError, NotPermitted, NoSpace) as error:
                 failure = error  # raised outside, or the nursery would wrap it in a group
             nursery.cancel_scope.cancel()
+        lobby.claim = None
         if failure is not None:
             raise failure
+        return whole
 
-    async def _wait_for_a_reader(self, task: Task, lobby: Lobby) -> None:
-        """Return when the geometry is known, or when it is our turn to read."""
-        policy = self._parts.policy
+    async def _rank(self, task: Task, lobby: Lobby) -> int:
+        """Ask the members we find; how many of them go before us."""
         found: list[Provider] = []
         async with trio.open_nursery() as nursery:
             await self._ask_members(task.id, lobby, found)
-            with trio.move_on_after(policy.settle):
+            with trio.move_on_after(self._parts.policy.settle):
                 await lobby.heard.wait()
             nursery.cancel_scope.cancel()
+        lobby.quiet_since = max(lobby.quiet_since, trio.current_time() - QUIET_SECONDS)
         me = self._parts.me
         rivals = [me, *(provider.node_id for provider in found if provider.node_id != me)]
-        rank = sorted(rivals, key=lambda node_id: score(node_id, task.id, WHOLE), reverse=True).index(me)
-        patience = rank * policy.progress_lease_small
-        lobby.quiet_since = trio.current_time()
-        while lobby.geometry is None and (left := lobby.quiet_since + patience - trio.current_time()) > 0:
+        return sorted(rivals, key=lambda node_id: score(node_id, task.id, WHOLE), reverse=True).index(me)
+
+    async def _wait_for_a_reader(self, lobby: Lobby, rank: int) -> None:
+        """Return when the geometry is known, or when it is our turn to read: nobody has claimed it for a while."""
+        begun = trio.current_time()
+        stagger = rank * self._parts.policy.progress_lease_small
+        while lobby.geometry is None:
+            left = max(begun, lobby.quiet_since + QUIET_SECONDS) + stagger - trio.current_time()
+            if left <= 0:
+                return
             with trio.move_on_after(left):
                 await lobby.heard.wait()
 
@@ -215,7 +246,7 @@ class Lobbies:
         """Keep those who wait from reading too."""
         nothing = Geometry(0, MIN_PIECE_BYTES)
         while True:
-            claim = self._parts.sign_claim(task.id, nothing, WHOLE, 2 * CLAIM_WHOLE_EVERY)
+            claim = lobby.claim = self._parts.sign_claim(task.id, nothing, WHOLE, 2 * CLAIM_WHOLE_EVERY)
             for node_id in lobby.guests:
                 link = self._parts.link(node_id)
                 if link is not None:
@@ -230,6 +261,10 @@ class Lobbies:
         if lobby is None:
             return False
         lobby.meet(node_id)
+        link = self._parts.link(node_id)
+        if lobby.claim is not None and link is not None:
+            # At once: who comes first in order would begin to read too before it hears the next one.
+            link.post(wire.Claims(task_id, [lobby.claim]))
         return not lobby.hopeless
 
     def left(self, node_id: NodeId, task_id: bytes) -> None:
@@ -263,7 +298,17 @@ class Lobbies:
             with suppress(IntegrityError, NotAMember):
                 body = self._parts.membership.verify("claim", signed, wire.ClaimBody)
                 if body.task == message.task and body.piece == WHOLE:
-                    lobby.somebody_reads(signed.key, body.seq, trio.current_time())
+                    self._heard_reader(lobby, message.task, signed.key, body.seq)
+
+    def _heard_reader(self, lobby: Lobby, task_id: bytes, key: bytes, seq: int) -> None:
+        now = trio.current_time()
+        begun = lobby.quiet_since  # of our own read, if we read
+        if lobby.somebody_reads(key, seq, now) and lobby.claim is not None:
+            lobby.quiet_since = begun
+            first = score(node_id_of(key), task_id, WHOLE) > score(self._parts.me, task_id, WHOLE)
+            if first and now - begun < QUIET_SECONDS:
+                lobby.quiet_since = now
+                lobby.scope.cancel()
 
 
 def _checked_geometry(join: wire.Join) -> Geometry:
@@ -292,6 +337,11 @@ class Spool:
         except OSError as error:
             raise NoSpace(f"cannot keep content of unknown length: {error.strerror}; free disk space") from error
         self.length += len(chunk)
+
+    def clear(self) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self.length = 0
 
     def rewind(self) -> None:
         self._file.seek(0)

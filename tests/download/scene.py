@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, TypeVar
 
+import structlog
 import trio
 from blake3 import blake3
 
@@ -531,7 +533,12 @@ def play(
                 assert not [entry for entry in kept.entries() if entry.in_use]
             assert not scene.store._bodies
 
-    run(main, 1)
+    # Rendering what is logged would be most of a test.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        run(main, 1)
+    finally:
+        structlog.reset_defaults()
 
 
 def runs(**options: object) -> Callable[[Callable[[Scene], Awaitable[None]]], Callable[[], None]]:

@@ -19,7 +19,7 @@ from swarm.download.claims import WHOLE, Rendezvous
 from swarm.download.exchange import JOINS_PER_MINUTE, LOSSES_PER_PIECE, MAX_JOINERS, Exchange, Why
 from swarm.download.policy import Policy
 from swarm.errors import RemoteProtocolError
-from swarm.task import MIN_PIECE_BYTES, Geometry
+from swarm.task import MAX_PIECE_BYTES, MIN_PIECE_BYTES, Geometry
 
 TASK = b"t" * 32
 POLICY = Policy()
@@ -351,18 +351,49 @@ def test_the_reader_of_the_whole_keeps_its_claim_while_it_reads() -> None:
 
 
 def test_a_piece_whose_only_holder_spreads_nothing_is_read_after_a_while() -> None:
-    engine = Engine(held=range(1, PIECES)).settled().joined(node_id(200), held=[0])
-    for who, piece in requested(engine.after()):
-        engine.exchange.piece_started(who, piece, engine.now)
-        engine.exchange.piece_failed(who, piece, engine.now, status=wire.BUSY)
+    holder = node_id(200)
+    engine = Engine(held=range(2, PIECES)).settled().joined(holder, held=[0, 1])
+    reads: dict[int, Why] = {}
+    while not reads:
+        # It does send: now and again, and never that piece.
+        engine.exchange.piece_started(holder, 1, engine.now)
+        reads = engine.reads(0.5)
+        engine.exchange.piece_failed(holder, 1, engine.now, status=wire.CANCELLED)
+    assert reads == {0: Why.STUCK}
+    assert POLICY.stuck_holder <= engine.now - 1000.0 < POLICY.stuck_holder + 1
+
+
+def test_who_says_it_has_everything_and_sends_nothing_hides_it_for_a_while_only() -> None:
+    engine = Engine().settled().joined(*NEAR[:2], held=range(PIECES), reads=False)
     assert engine.reads(POLICY.stuck_holder - 0.1) == {}
-    assert engine.reads(1.0) == {0: Why.STUCK}
+    assert set(engine.reads(1.0).values()) == {Why.RENDEZVOUS}
+
+
+def test_large_pieces_are_given_more_time_before_their_holders_are_doubted() -> None:
+    geometry = Geometry(PIECES * MAX_PIECE_BYTES, MAX_PIECE_BYTES)
+    engine = Engine(geometry=geometry).settled()
+    join = wire.Join(TASK, geometry.length, geometry.piece_length, complete=True)
+    engine.exchange.peer_joined(NEAR[0], join, engine.now)
+    engine.after(15 * POLICY.stuck_holder)
+    assert not engine.exchange.neighbours[NEAR[0]].doubted
+    engine.after(2 * POLICY.stuck_holder)
+    assert engine.exchange.neighbours[NEAR[0]].doubted
+
+
+def test_who_refuses_hides_nothing_from_the_moment_it_refuses_until_it_sends() -> None:
+    engine = Engine().settled().joined(NEAR[0], held=range(PIECES), reads=False)
+    (_, piece), *_ = requested(engine.after())
+    engine.exchange.piece_failed(NEAR[0], piece, engine.now, status=wire.REFUSED)
+    assert not engine.exchange.held_anywhere().any()
+    assert engine.reads()
+    engine.exchange.piece_verified(39, NEAR[0], engine.now)
+    assert engine.exchange.held_anywhere().all()
 
 
 def test_neighbours_that_say_they_have_it_all_and_send_nothing_cannot_keep_us_waiting() -> None:
     engine = Engine().settled().joined(*NEAR, held=range(PIECES))
-    reads = engine.reads(2 * POLICY.progress_lease)
-    assert set(reads.values()) == {Why.PROGRESS}
+    reads = engine.reads(2 * POLICY.progress_lease + 9 * POLICY.progress_stagger)
+    assert set(reads.values()) == {Why.PROGRESS}, "nearer ones are to read, and do not"
 
 
 def test_claims_without_deliveries_cannot_keep_us_waiting() -> None:
@@ -390,7 +421,7 @@ def test_without_progress_members_go_to_the_origin_one_after_another_and_not_tog
     for number in range(8):
         me = node_id(100 + number)
         others = [node_id(100 + other) for other in range(8) if other != number]
-        engine = Engine(me).settled().joined(*others, held=range(PIECES))
+        engine = Engine(me).settled().joined(*NEAR, *others)
         while not engine.reads(0.25):
             pass
         started.append(round(engine.now, 2))

@@ -272,8 +272,8 @@ async def test_who_says_it_has_everything_and_refuses_is_left_alone_and_the_orig
     fetch = scene.fetch()
     fetched = await fetch.outcome()
     assert fetch.bytes == scene.content.bytes
-    assert fetched.seconds < 2 * POLICY.progress_lease * COUNT
-    assert len(boaster.asked) < fetched.seconds, "not again and again"
+    assert fetched.seconds < 2
+    assert len(boaster.asked) == 1, "not again and again"
 
 
 @runs()
@@ -295,7 +295,7 @@ async def test_a_neighbour_that_promises_everything_and_never_sends_does_not_kee
     assert silent.asked
     assert set(honest.pieces_asked) >= {0, 1, 2, 3}, "what waits at the silent one is asked of others too"
     assert fetched.from_peers == sum(map(scene.content.geometry.size, range(4)))
-    assert set(fetched.why_origin) <= {"no_progress", "stuck_holder"}
+    assert fetched.seconds < POLICY.stuck_holder + 3
 
 
 @runs()
