@@ -22,6 +22,8 @@ from tests.system.hosts import Hosts
 
 TIMEOUT: Final = 60.0  # seconds for a pull, unless the caller knows better
 
+# As root, podman and skopeo keep a cache of where blobs were seen here, whatever they are told: each gets its own.
+_OWN_CACHE: Final = ("sh", "-c", 'mkdir -p /var/lib/containers; mount -t tmpfs none /var/lib/containers && exec "$0" "$@"')
 # `ip netns exec` gives a mount namespace; without hosts this does.  What is mounted outside is still seen.
 _OWN_MOUNTS: Final = ("unshare", "--mount", "--propagation", "slave")
 
@@ -226,7 +228,7 @@ class Podman:
         (directory / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
 
     def _command(self, *arguments: str) -> list[str]:
-        argv = ["podman", "--root", f"{self.directory}/root", "--runroot", f"{self.directory}/run"]
+        argv = [*_OWN_CACHE, "podman", "--root", f"{self.directory}/root", "--runroot", f"{self.directory}/run"]
         return [*argv, "--tmpdir", f"{self.directory}/tmp", "--storage-driver", "overlay", *arguments]
 
     def environment(self) -> dict[str, str]:
@@ -260,7 +262,7 @@ class Skopeo:
 
     def pulling(self, reference: str, *options: str) -> list[str]:
         """The command line of `pull`, to be run in the same place."""
-        argv = ["skopeo", "--insecure-policy", "--registries-conf", str(self.registries), "copy", "-q", *options]
+        argv = [*_OWN_CACHE, "skopeo", "--insecure-policy", "--registries-conf", str(self.registries), "copy", "-q", *options]
         return [*argv, f"docker://{reference}", f"dir:{self.out}"]
 
     def environment(self) -> dict[str, str]:
