@@ -139,7 +139,7 @@ class Announcer:
         self._seq, self._seq_reserved = self._load_seq()
         self._published = self._repeated = self._withdrawn = 0
         dht.engine.on_contact = self._contact_found
-        dht.engine.on_hosts = self._hosts_changed
+        dht.engine.on_stale = self._records_stale
 
     # --- Discovery --------------------------------------------------------------------------------------------------
 
@@ -182,9 +182,8 @@ class Announcer:
             record = self._dht.engine.verifier.provider(record_untrusted)
         except (RemoteProtocolError, IntegrityError):
             return None
-        body = record.body
-        remaining = self._dht.engine.clock.remaining(body.issued, body.expires, trio.current_time())
-        if remaining <= 0 or body.key != self._membership.task_key(task_id):
+        remaining = self._dht.engine.remaining(record.node_id, record.body, trio.current_time())
+        if remaining <= 0 or record.body.key != self._membership.task_key(task_id):
             return None
         return self._provider(record)
 
@@ -205,7 +204,7 @@ class Announcer:
     def set_addresses(self, addresses: Sequence[str]) -> None:
         """Announce these hosts from now on (empty: what others report), and repeat what is announced already."""
         self._addresses = advertised(addresses)
-        self._hosts_changed()
+        self._records_stale()
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -383,7 +382,8 @@ class Announcer:
             if len(entry.holders) < enough and not entry.publishing and entry.due > now + 1.0:
                 self._schedule(entry, now + self._rng.uniform(0.05, 0.5))
 
-    def _hosts_changed(self) -> None:
+    def _records_stale(self) -> None:
+        """Our addresses or our idea of the time have changed: sign and announce anew."""
         now = trio.current_time()
         for entry in self._entries.values():
             if entry.record is not None:

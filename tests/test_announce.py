@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import structlog.testing
 import trio
 import trio.lowlevel
 
@@ -372,6 +373,43 @@ def test_a_clock_an_hour_off_neither_hides_its_node_nor_hides_others_from_it(ahe
             assert ids_of(await nodes[4].announcer.find(TASK)) == net.ids([nodes[2]])
             assert ids_of(await nodes[2].announcer.find(OTHER_TASK)) == net.ids([nodes[1]])
             assert nodes[2].dht.statistics().clock_skew == pytest.approx(ahead, abs=2)
+
+    run(main, 1)
+
+
+@pytest.mark.parametrize("ahead", [3600.0, -3600.0])
+def test_only_the_node_whose_clock_is_wrong_warns_and_what_it_had_signed_is_signed_anew(ahead: float) -> None:
+    async def main() -> None:
+        async with network() as net:
+            first = await net.start(net.make(0))
+            wrong = await net.start(net.make(1, ahead=ahead))
+            await wrong.announcer.announce(TASK, State.COMPLETE)
+            assert abs(issued(wrong) - WALL - ahead) < 10, "of two, its own clock is as good as any"
+            others = [await net.start(net.make(number)) for number in range(2, 5)]
+            await trio.sleep(5.0)
+            assert abs(issued(wrong) - WALL) < 20
+            for node in (first, *others):
+                assert ids_of(await node.announcer.find(TASK)) == net.ids([wrong])
+
+    def issued(node: SimNode) -> int:
+        raw = node.announcer.own_record(TASK)
+        assert raw is not None
+        return node.dht.engine.verifier.provider(raw).body.issued
+
+    with structlog.testing.capture_logs() as logs:
+        run(main, 1)
+    warnings = [entry for entry in logs if entry["log_level"] == "warning"]
+    assert [abs(entry["seconds_ahead"] - ahead) <= 2 for entry in warnings] == [True]
+
+
+def test_a_record_is_judged_by_its_writers_clock_too() -> None:
+    async def main() -> None:
+        async with network() as net:
+            nodes = [await net.start(net.make(number, ahead=3600.0 if number == 5 else 0.0)) for number in range(6)]
+            await trio.sleep(3.0)
+            for number, known in ((5, True), (4, False), (99, False)):
+                ahead = signed(number, issued=3600.0 + trio.current_time())
+                assert (nodes[0].announcer.read_record(ahead, TASK) is not None) is known, number
 
     run(main, 1)
 

@@ -2,18 +2,23 @@
 
 Records carry wall time; everything else in the DHT is monotonic.  Every answer reports its sender's wall time.  A node
 *stamps* its records with the median of all clocks, its own among them (a tie goes to its own), and *judges* others' by
-its own clock or the median of the others: a minority of wrong clocks, and either of two that differ, do no harm.
+its own clock, the median of the others or the clock of the record's writer, whichever lets it live longest: a minority of
+wrong clocks, and either of two that differ, do no harm.  A record that lives too long costs a dial; one that is refused
+costs the origin a copy.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
 MAX_WITNESSES: Final = 64
+FEW: Final = 2
+"""Fewer witnesses than this do not show whose clock is wrong."""
+CORRECTION_PAUSE: Final = 60.0
+"""Seconds between corrections of our stamps: each signs and announces everything anew, and others' clocks cause it."""
 MAX_SKEW: Final = 300.0
 """Seconds two clocks may differ before anything is done or said about it."""
 
@@ -30,7 +35,9 @@ class NetworkClock:
     def __init__(self, wall: Callable[[], float]) -> None:
         self._wall = wall
         self._offsets: OrderedDict[str, float] = OrderedDict()
-        self._median: float | None = None
+        self._medians: tuple[float, float] | None = None
+        self._correction = 0.0
+        self._corrected = -math.inf
 
     def observe(self, witness: str, their_time: float, now: float) -> None:
         """An answer said what time it is; the last one of each witness counts."""
@@ -38,7 +45,7 @@ class NetworkClock:
         if abs(self._offsets.get(witness, math.inf) - offset) <= _ROUNDING:
             self._offsets.move_to_end(witness)
             return
-        self._median = None
+        self._medians = None
         self._offsets[witness] = offset
         self._offsets.move_to_end(witness)
         while len(self._offsets) > MAX_WITNESSES:
@@ -49,8 +56,25 @@ class NetworkClock:
         return int(self._wall())
 
     def skew(self, now: float) -> float:
-        """Seconds by which our own clock is ahead of the median of the others; 0 while there are none."""
-        return 0.0 if not self._offsets else self._wall() - (self._others() + now)
+        """Seconds by which our own clock is ahead of the median of the others; 0 while there are none.
+
+        Of an even number there are two medians, and between them nobody can say who is wrong.
+        """
+        own = self._wall()
+        low, high = self._others(now) or (own, own)
+        return own - min(max(own, low), high)
+
+    def is_wrong(self, now: float) -> bool:
+        """Whether enough others agree that our own clock is."""
+        return len(self._offsets) >= FEW and abs(self.skew(now)) > MAX_SKEW
+
+    def corrected(self, now: float) -> bool:
+        """Whether stamps differ from those before this call by so much that records have to be signed anew."""
+        correction = self.stamp(now) - self._wall()
+        if abs(correction - self._correction) <= MAX_SKEW or now < self._corrected + CORRECTION_PAUSE:
+            return False
+        self._correction, self._corrected = correction, now
+        return True
 
     def stamp(self, now: float) -> int:
         """The time to write into our own records."""
@@ -61,14 +85,23 @@ class NetworkClock:
             return int(own)
         return int(low if abs(own - low) < abs(own - high) else high)
 
-    def _others(self) -> float:
-        if self._median is None:
-            self._median = statistics.median(self._offsets.values())
-        return self._median
+    def _others(self, now: float) -> tuple[float, float] | None:
+        """The lower and the upper median of the others' clocks."""
+        if not self._offsets:
+            return None
+        if self._medians is None:
+            offsets = sorted(self._offsets.values())
+            self._medians = offsets[(len(offsets) - 1) // 2], offsets[len(offsets) // 2]
+        low, high = self._medians
+        return low + now, high + now
 
-    def remaining(self, issued: int, expires: int, now: float) -> float:
-        """Seconds a record has left to live; 0 or less if it is expired, or was issued in the future."""
-        clocks = [self._wall()]
-        if self._offsets:
-            clocks.append(self._others() + now)
+    def remaining(self, issued: int, expires: int, now: float, writer: str = "") -> float:
+        """Seconds a record has left to live; 0 or less if it is expired, or was issued in the future.
+
+        Args:
+            writer: Which witness wrote it, if that is known.
+        """
+        clocks = [self._wall(), *(self._others(now) or ())]
+        if writer in self._offsets:
+            clocks.append(self._offsets[writer] + now)
         return max((expires - clock for clock in clocks if issued <= clock + MAX_SKEW), default=0.0)

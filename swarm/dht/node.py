@@ -23,7 +23,6 @@ import trio
 
 from swarm.dht import messages, state
 from swarm.dht.addresses import Scope, advertised, may_contact, pack, scope_of, unpack
-from swarm.dht.clock import MAX_SKEW
 from swarm.dht.lookup import Lookup
 from swarm.dht.messages import Answer, Contacts, Providers, Query, Stored
 from swarm.dht.records import NEAREST, Outcome, ProviderRecord
@@ -490,7 +489,7 @@ class DhtNode:
 
     def _take_record(self, search: Search, record: ProviderRecord, now: float) -> None:
         body = record.body
-        if body.key != search.key or self.engine.clock.remaining(body.issued, body.expires, now) <= 0:
+        if body.key != search.key or self.engine.remaining(record.node_id, body, now) <= 0:
             return
         known = search.members.get(record.public_key)
         if known is None and len(search.members) >= MAX_MEMBERS:
@@ -501,10 +500,10 @@ class DhtNode:
                 search.reached.set()
 
     def _warn_of_skew(self, now: float) -> None:
-        skew = self.engine.clock.skew(now)
-        if abs(skew) > MAX_SKEW and not self._warned_of_skew:
+        if not self._warned_of_skew and self.engine.clock.is_wrong(now):
             self._warned_of_skew = True
-            _log.warning("our clock differs from the other nodes'; downloads go on, set the clock", seconds_ahead=round(skew))
+            skew = round(self.engine.clock.skew(now))
+            _log.warning("our clock differs from the other nodes'; downloads go on, set the clock", seconds_ahead=skew)
 
     # --- joining ----------------------------------------------------------------------------------------------------
 

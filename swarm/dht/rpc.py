@@ -37,9 +37,9 @@ from swarm.dht.messages import (
     Withdraw,
 )
 from swarm.dht.own_addresses import OwnAddresses
-from swarm.dht.records import ProviderStore, Verifier
+from swarm.dht.records import ProviderBody, ProviderStore, Verifier, WithdrawBody
 from swarm.dht.routing import Contact, Table
-from swarm.edges import Address, Membership
+from swarm.edges import Address, Membership, NodeId
 from swarm.errors import IntegrityError, RemoteProtocolError
 from swarm.identity import node_id_of, verify
 
@@ -153,7 +153,7 @@ class Engine:
         self.outgoing: deque[tuple[bytes, Address]] = deque()
         self.on_lost: Callable[[Contact], None] = lambda contact: None
         self.on_contact: Callable[[Contact], None] = lambda contact: None
-        self.on_hosts: Callable[[], None] = lambda: None
+        self.on_stale: Callable[[], None] = lambda: None
         self._source_towards = source_towards
         self._low_ports = low_ports
         self._rng = rng
@@ -252,7 +252,7 @@ class Engine:
     def _store(self, query: Announce, room: int, token: bytes, address: Address, now: float) -> Stored:
         observed, time = pack(address), self.clock.wall()
         record = self.verifier.provider(query.record)
-        remaining = self.clock.remaining(record.body.issued, record.body.expires, now)
+        remaining = self.remaining(record.node_id, record.body, now)
         if remaining <= 0:
             return Stored(query.tx, observed, token, time, messages.INVALID)
         outcome = self.store.put(record, address.host, remaining, now)
@@ -261,9 +261,15 @@ class Engine:
         )
         return Stored(query.tx, observed, token, time, int(outcome), count, cursor, page)
 
+    def remaining(self, writer: NodeId, body: ProviderBody | WithdrawBody, now: float) -> float:
+        """Seconds a record has left to live; 0 or less if it is expired, or was issued in the future."""
+        contact = self.table.get(writer)
+        witness = witness_of(contact.address) if contact is not None else ""
+        return self.clock.remaining(body.issued, body.expires, now, witness)
+
     def _withdraw(self, query: Withdraw, now: float) -> int:
         public_key, body = self.verifier.withdrawal(query.record)
-        remaining = self.clock.remaining(body.issued, body.expires, now)
+        remaining = self.remaining(node_id_of(public_key), body, now)
         return int(self.store.withdraw(public_key, body, remaining, now)) if remaining > 0 else messages.INVALID
 
     def _send_answer(self, answer: Answer, room: int, address: Address, now: float) -> None:
@@ -286,8 +292,8 @@ class Engine:
         _remember(self._tokens, address, (answer.token, now + TOKEN_FRESH))
         self.table.heard(address, now)
         self.clock.observe(witness_of(address), answer.time, now)
-        if self.own.vote(address, observed):
-            self.on_hosts()
+        if self.own.vote(address, observed) | self.clock.corrected(now):
+            self.on_stale()
         pending.done(answer)
         if pending.node_id is not None:
             self._meet(pending.node_id, address, now, has_token=True)
