@@ -59,6 +59,12 @@ _HEAD_ANSWERS: Final = _NO | {200, 405, 501}
 _GET_ANSWERS: Final = _NO | {200}
 _LIST_ANSWERS: Final = _NO | {200, 400}
 
+SILENT_SECONDS: Final = 3.0
+"""A registry that gave no answer is not waited for again so long: one pull asks several things, each with its own patience,
+and the client waits for their sum."""
+
+MAX_SILENT: Final = 256
+
 log = structlog.get_logger(__name__)
 
 
@@ -90,6 +96,7 @@ class Registries:
             self._listed, self._own, origin, client_seconds=settings.rights_cache / 2, seconds=settings.registry_timeout
         )
         self.rights = Rights(settings.rights_stale)
+        self._silent_until: dict[str, float] = {}
 
     # --- what is allowed ------------------------------------------------------------------------------------------
 
@@ -280,10 +287,13 @@ class Registries:
         accept: str = ", ".join(MANIFEST_TYPES),
     ) -> Answer:
         source = Source(self._url(name, path), (("Accept", accept),), "mirror", Access(self._broker, name, asker))
+        if trio.current_time() < self._silent_until.get(name.registry, 0.0):
+            raise self._too_slow(name)
         try:
             with trio.fail_after(self._seconds):
                 answer = await self._origin.ask(source, method, accept=statuses, max_bytes=max_bytes)
         except trio.TooSlowError as error:
+            self._note_silent(name.registry)
             raise self._too_slow(name) from error
         except TokenRefused as error:
             log.debug("registry refused", name=str(name), reason=str(error))
@@ -296,6 +306,11 @@ class Registries:
         if not self.allowed(name.registry):
             raise NotPermitted(f"the mirror does not read {name.registry}: list it in mirror.registries to permit it")
         return f"{self._listed.endpoint(name.registry).url}/v2/{name.repository}/{path}"
+
+    def _note_silent(self, registry: str) -> None:
+        self._silent_until[registry] = trio.current_time() + SILENT_SECONDS
+        while len(self._silent_until) > MAX_SILENT:
+            del self._silent_until[next(iter(self._silent_until))]
 
     def _too_slow(self, name: Name) -> OriginUnreachable:
         return OriginUnreachable(f"{name.registry} gave no answer within {self._seconds:g} s")
