@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import resource
 import selectors
 import socket
 import time
@@ -139,6 +140,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int)
     parser.add_argument("--timeout", type=float, default=300)
     given = parser.parse_args()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     request = f"GET {given.path} HTTP/1.1\r\nHost: {given.address}:{given.port}\r\nAccept: */*\r\n\r\n".encode()
     if given.requests is None:
         found = download(given.address, given.port, request, given.clients, given.timeout)
