@@ -39,6 +39,8 @@ class Flow:
     in_flight: int = 0
     queued: bool = False
     cancelled: bool = False
+    moved: float = 0.0
+    """When its last block arrived."""
 
 
 def blocks_of(size: int) -> deque[int]:
@@ -55,6 +57,10 @@ class Downlink:
     events: Events
     rate: float
     _free_at: float = 0.0
+
+    def hold(self, until: float) -> None:
+        """Receive nothing before then."""
+        self._free_at = max(self._free_at, until)
 
     def receive(self, size: int, then: Callable[[], None]) -> None:
         now = trio.current_time()
@@ -77,6 +83,10 @@ class Uplink:
 
     def start(self, flow: Flow) -> None:
         self._offer(flow)
+
+    def hold(self, until: float) -> None:
+        """Send nothing before then, but for the block that is leaving."""
+        self._free_at = max(self._free_at, until)
 
     def _offer(self, flow: Flow) -> None:
         if flow.blocks and not flow.queued and flow.in_flight < WINDOW_BLOCKS and not flow.cancelled:
@@ -118,6 +128,7 @@ class Uplink:
         if flow.cancelled or not self.up:
             return
         flow.in_flight -= 1
+        flow.moved = trio.current_time()
         flow.on_block(size)
         if not flow.blocks and not flow.in_flight:
             flow.on_end()

@@ -32,6 +32,15 @@ from swarm.task import Digest, Geometry
 
 MBIT = 1_000_000 / 8
 URL = "http://origin.example/content"
+DEAD_SECONDS = 30.0
+"""Silence after which neighbours give a node up (`swarm.peer.connection`)."""
+
+STALL_SECONDS = 10.0
+"""Without a byte for so long a transfer is given up (`swarm.peer.limits`)."""
+
+DIAL_SECONDS = 10.0
+"""How long a dial waits for an answer."""
+
 FRAME_OVERHEAD = 60
 """Bytes of WebSocket, TLS, TCP and IP a control frame costs beside its CBOR."""
 
@@ -49,6 +58,8 @@ class Shape:
     apart: float = 0.0
     """Seconds from each arrival to the next, for nodes that come one by one."""
     seed: int = 1
+    by_digest: bool = False
+    """Nodes know the digest of what they fetch, so that what they end with was checked."""
     slow: dict[int, float] = field(default_factory=dict)
     """Node number -> factor its links are slower by."""
 
@@ -146,6 +157,8 @@ class Link:
             self.near.world.events.after(0.0 if urgent else 0.05, self._depart)
 
     def _depart(self) -> None:
+        if self.near.resumes(self._depart):
+            return
         posted, self.outbox = self.outbox, []
         frame = [said for message in posted for said in self.near.says(message)]
         self.near.world.count_frame(frame)
@@ -153,7 +166,7 @@ class Link:
 
     def _arrive(self, frame: list[wire.TaskMessage]) -> None:
         other = self.other
-        if other is None or not other.up or not other.near.alive:
+        if other is None or not other.up or not other.near.alive or other.near.resumes(lambda: self._arrive(frame)):
             return
         try:
             for message in frame:
@@ -187,7 +200,7 @@ class Link:
         self.near.world.events.after(self.latency, lambda: self._failed(request_id, status))
 
     def _failed(self, request_id: int, status: int) -> None:
-        if self.up and self.near.alive:
+        if self.up and self.near.alive and not self.near.resumes(lambda: self._failed(request_id, status)):
             self.near.service.piece_failed(self, request_id, status)
 
 
@@ -205,6 +218,7 @@ class Node:
         self.uplink = Uplink(world.events, rate)
         self.downlink = Downlink(world.events, rate)
         self.alive = True
+        self.stopped_until = 0.0
         self.by_peer: dict[NodeId, Link] = {}
         self.when_killed: list[Callable[[], None]] = []
         self.violations: list[str] = []
@@ -219,7 +233,7 @@ class Node:
 
     def request_to_make(self) -> FetchRequest:
         """What it fetches."""
-        return FetchRequest(Source(URL))
+        return FetchRequest(Source(URL), digest=self.content.digest if self.world.shape.by_digest else None)
 
     def says(self, message: wire.TaskMessage) -> Sequence[wire.TaskMessage]:
         """What it sends where the service would send `message`."""
@@ -242,6 +256,13 @@ class Node:
         self.service.attach(self)
         self.uploader = Uploader(self.service, rng=Random(self.world.rng.getrandbits(64)))
 
+    def resumes(self, later: Callable[[], None]) -> bool:
+        """Whether the node is stopped just now; what would happen to it happens when it goes on."""
+        if self.stopped_until <= trio.current_time():
+            return False
+        self.world.events.at(self.stopped_until, later)
+        return True
+
     # edges.PeerNetwork
 
     async def connect(self, node_id: NodeId, addresses: Sequence[Address]) -> PeerLink:
@@ -256,19 +277,23 @@ class Node:
     # serving
 
     def asked(self, asker: Link, request: wire.Request) -> None:
-        if self.alive and asker.up:
+        if self.alive and asker.up and not self.resumes(lambda: self.asked(asker, request)):
             if self.uploader.enqueue(Channel(asker.near.node_id), request):
                 self._pump()
             else:
                 asker.failed(request.id, wire.BUSY)
 
     def cancelled(self, asker: Link, request_id: int) -> None:
+        if self.resumes(lambda: self.cancelled(asker, request_id)):
+            return
         if self.alive and self.uploader.cancel(Channel(asker.near.node_id), request_id):
             asker.failed(request_id, wire.CANCELLED)
 
     def _pump(self) -> None:
         if not self.alive:
             return  # a deadline nobody acts on would be due for ever
+        if self.resumes(self._pump):
+            return
         now = trio.current_time()
         while (transfer := self.uploader.next(now)) is not None:
             self._serve(transfer)
@@ -307,9 +332,25 @@ class Node:
         flow = Flow(
             blocks_of(request.length), receiver.near.downlink, receiver.latency, lambda _size: None, end, sent, departed
         )
+        flow.moved = trio.current_time()
         receiver.flows[request.id] = flow
+        self._watch(transfer, flow, receiver)
         self.world.events.after(receiver.latency, lambda: self.world.started(receiver, request, served))
         self.uplink.start(flow)
+
+    def _watch(self, transfer: Transfer, flow: Flow, receiver: Link) -> None:
+        """The receiver gives a transfer up that does not move."""
+        number = transfer.request.id
+        if receiver.flows.get(number) is not flow:
+            return
+        if trio.current_time() - flow.moved < STALL_SECONDS:
+            self.world.events.at(flow.moved + STALL_SECONDS, lambda: self._watch(transfer, flow, receiver))
+            return
+        flow.cancelled = True
+        del receiver.flows[number]
+        self.uploader.ended(transfer, complete=False)
+        receiver.failed(number, wire.BUSY)
+        self._pump()
 
     def channel_down(self, node_id: NodeId) -> None:
         self.uploader.forget(Channel(node_id))
@@ -382,6 +423,7 @@ class Outcome:
 
     Attributes:
         seconds: Per node that finished, its own arrival to its own completion.
+        by_node: The same by number of the node.
         copies: Bytes out of the origin over the length.
     """
 
@@ -393,6 +435,7 @@ class Outcome:
     frame_bytes: int
     why: dict[str, int]
     errors: list[str]
+    by_node: dict[int, float] = field(default_factory=dict)
 
     @property
     def last(self) -> float:
@@ -438,6 +481,9 @@ class World:
         far = self.by_id.get(node_id)
         latency = self.latency()
         await trio.sleep(3 * latency)
+        if far is not None and far.stopped_until > trio.current_time():
+            await trio.sleep(DIAL_SECONDS)
+            raise PeerError("it does not answer")
         if far is None or not far.alive or not near.alive:
             raise PeerError("nobody there")
         existing = near.by_peer.get(node_id)
@@ -465,8 +511,11 @@ class World:
                 flow.cancelled = True
             end.flows.clear()
             end.near.channel_down(end.far.node_id)
-            if end.near.alive:
-                end.near.service.link_down(end, reason)
+            self._link_down(end, reason)
+
+    def _link_down(self, end: Link, reason: str) -> None:
+        if end.near.alive and not end.near.resumes(lambda: self._link_down(end, reason)):
+            end.near.service.link_down(end, reason)
 
     def kill(self, node: Node) -> None:
         """The host dies without a word; its neighbours notice after 0.3 to 2 seconds."""
@@ -480,13 +529,26 @@ class World:
                 end = link.other
                 self.events.after(self.rng.uniform(0.3, 2.0), partial(self.disconnect, end, "died"))
 
+    def stop(self, node: Node, seconds: float) -> None:
+        """The process is stopped (SIGSTOP) for so long: nothing is lost, everything is late; timers are due at its end."""
+        until = node.stopped_until = trio.current_time() + seconds
+        node.uplink.hold(until)
+        node.downlink.hold(until)
+        if seconds > DEAD_SECONDS:
+            for link in list(node.by_peer.values()):
+                self.events.after(DEAD_SECONDS, partial(self.disconnect, link, "silent"))
+
     def started(self, receiver: Link, request: wire.Request, served: Served) -> None:
+        if receiver.near.resumes(lambda: self.started(receiver, request, served)):
+            return
         if receiver.up and receiver.near.alive:
             started = Started(request.id, request.length, served.proof, served.certificate)
             if not receiver.near.service.piece_started(receiver, started):
                 self.disconnect(receiver, "refused")
 
     def received(self, receiver: Link, request: wire.Request, digest: bytes, data: memoryview) -> None:
+        if receiver.near.resumes(lambda: self.received(receiver, request, digest, data)):
+            return
         if receiver.up and receiver.near.alive:
             receiver.near.service.piece_received(receiver, request.id, digest, data)
 
@@ -539,6 +601,7 @@ class World:
             self.frame_bytes,
             why,
             errors,
+            {number: fetched.seconds for number, fetched in done.items()},
         )
 
     async def _live(self, node: Node, *, task_status: trio.TaskStatus[None]) -> None:

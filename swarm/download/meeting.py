@@ -19,6 +19,10 @@ log = structlog.get_logger(__name__)
 FIND_AGAIN = (1.0, 2.0, 5.0, 15.0, 30.0)
 """Seconds between searches for more members while a download runs; the last repeats."""
 
+CLAIMS_FOLLOW = 0.02
+"""Who answers that it takes part says next what it reads; who read at once would read the same again (2-4 % of small content
+where nodes come one after another, simulated)."""
+
 DIAL_PATIENCE = 0.15
 """Of two nodes that find each other at the same moment the one with the larger id waits this long for the other's dial."""
 
@@ -48,6 +52,8 @@ class Meeting:
             with trio.move_on_after(policy.settle_bound):
                 await trio.sleep(policy.settle)
                 await self._first_answers(active)
+            if active.exchange.neighbours:
+                await trio.sleep(CLAIMS_FOLLOW)
             active.exchange.settle(trio.current_time())
             active.touch()
         await self.connect_to(active, [])
@@ -67,6 +73,22 @@ class Meeting:
             stuck = trio.current_time() - active.last_byte >= policy.progress_after(active.geometry)
             if stuck or len(exchange.neighbours) < self._enough(active):
                 await self.connect_to(active, await self._parts.discovery.find(active.task.id), nearest=stuck)
+
+    def lost(self, active: Active) -> None:
+        """A neighbour is gone.  Who has lost the last one looks for others before it reads the origin as if it were alone:
+        after a pause, or a failure of its own network, the others are still there."""
+        exchange = active.exchange
+        if exchange.neighbours or not exchange.settled or not active.downloading or active.nursery is None:
+            return
+        exchange.settled = False
+        active.nursery.start_soon(self._meet_again, active)
+
+    async def _meet_again(self, active: Active) -> None:
+        with trio.move_on_after(self._parts.policy.settle_bound):
+            await self.connect_to(active, await self._parts.discovery.find(active.task.id))
+            await self._first_answers(active)
+        active.exchange.settle(trio.current_time())
+        active.touch()
 
     async def _first_answers(self, active: Active) -> None:
         """Until everybody who was dialled or greeted has answered or failed."""

@@ -878,6 +878,7 @@ class DownloadService:
             active.seals.pop(gone, None)
             if gone in active.exchange.neighbours:
                 active.exchange.peer_left(gone, now)
+                self._meeting.lost(active)
                 active.touch()
 
     def message_received(self, link: PeerLink, message: wire.TaskMessage) -> None:
@@ -918,6 +919,7 @@ class DownloadService:
                 active.members.declined(node_id, now)
                 active.seals.pop(node_id, None)
                 active.exchange.peer_left(node_id, now)
+                self._meeting.lost(active)
             case wire.Peers(_, records):
                 self._meeting.introduced(active, records)
             case _:
