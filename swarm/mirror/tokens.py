@@ -194,7 +194,7 @@ def _read(body: bytes, registry: str) -> tuple[str, float]:
     seconds = found.get("expires_in")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e9:
         seconds = DEFAULT_SECONDS
-    return token, min(float(seconds), MAX_SECONDS)
+    return token, float(seconds)
 
 
 def _put(cache: OrderedDict[Wanted, V], key: Wanted, value: V) -> None:

@@ -213,6 +213,11 @@ def test_a_registry_nobody_listed_sees_no_credentials_and_asks_for_none(tmp_path
             error = await refused(mirror, Name("evil.example", "team/private"), layer, who)
             assert isinstance(error, MirrorDenied)
             assert (error.status, error.challenge) == (401, "")
+            for ask in (mirror.registries.head_manifest, mirror.registries.get_manifest):
+                with pytest.raises(MirrorDenied):
+                    await ask(Name("evil.example", "team/private"), "v1", who)
+            with pytest.raises(MirrorDenied):
+                await mirror.registries.pass_through(Name("evil.example", "team/private"), "tags/list", "", who)
 
     run(web, main, ca=authority_file(tmp_path))
     assert set(fake.sent()) == {""}
@@ -271,6 +276,21 @@ def test_what_is_held_as_private_is_refused_though_its_repository_is_not_known(w
         error = await refused(mirror, PRIVATE, layer, who)
         assert isinstance(error, MirrorDenied)
         assert error.status == 503
+
+    run(web, main)
+
+
+def test_a_repository_that_asked_for_credentials_stays_closed_while_nobody_can_be_asked() -> None:
+    fake, layer, shared = registry("basic")
+    web = web_of(fake)
+
+    async def main(mirror: Mirror) -> None:
+        await mirror.authorizer.check(PRIVATE, layer, ALICE)
+        await trio.sleep(400)
+        down(web, fake)
+        for digest in (layer, shared):
+            for who in (None, ALICE):
+                await refused(mirror, PRIVATE, digest, who)
 
     run(web, main)
 
@@ -377,6 +397,8 @@ def test_a_repository_that_asked_for_credentials_is_not_asked_each_time_whether_
         await mirror.authorizer.check(PRIVATE, layer, ALICE)
         before = probes(fake)
         await mirror.authorizer.check(PRIVATE, shared, ALICE)
+        assert probes(fake) == before + 1
+        await refused(mirror, PRIVATE, shared, None)
         assert probes(fake) == before + 1
 
     run(web_of(fake), main)
@@ -574,7 +596,7 @@ def test_rights_are_few_whatever_is_asked() -> None:
     [
         lambda name, digest, tag: (Name(name.registry + "x", name.repository), digest, tag),
         lambda name, digest, tag: (Name(name.registry, name.repository + "x"), digest, tag),
-        lambda name, digest, tag: (Name(name.registry + "/team", "private"), digest, tag),
+        lambda name, digest, tag: (Name(name.registry + "t", "eam/private"), digest, tag),
         lambda name, digest, tag: (name, digest_of(b"other"), tag),
         lambda name, digest, tag: (name, digest, b""),
         lambda name, digest, tag: (name, digest, tag + b"x"),

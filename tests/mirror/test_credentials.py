@@ -270,6 +270,20 @@ def test_a_helper_that_is_not_there_or_no_name_is_not_run(tmp_path: Path, monkey
         ask(name)
 
 
+def test_a_helper_is_not_looked_for_outside_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    helper(tmp_path, monkeypatch, """echo '{"Username": "u", "Secret": "s"}'""").rename(tmp_path / "evil")
+    (tmp_path / "docker-credential-x").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OriginRefused, match="not installed"):
+        ask("x/../evil")
+
+
+def test_a_helper_that_talks_without_end_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    helper(tmp_path, monkeypatch, "yes")
+    with pytest.raises(OriginRefused, match="more than"):
+        ask()
+
+
 def test_a_server_is_no_argument_and_no_shell_sees_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     helper(tmp_path, monkeypatch, """read -r server; echo "{\\"Username\\": \\"$#\\", \\"Secret\\": \\"$server\\"}\"""")
     assert ask(server="$(reboot);`x`") == Basic.of("1", "$(reboot);`x`")

@@ -742,6 +742,22 @@ def test_a_slow_token_server_costs_a_few_seconds_and_only_once() -> None:
     assert len(fake.token_asked) == 1
 
 
+def test_a_slow_token_server_holds_up_no_download_either() -> None:
+    async def silent(asked: Asked) -> None:
+        await trio.sleep(100)
+
+    fake, _, layer = registry("bearer")
+    fake.token_reply = silent
+
+    async def main(mirror: Mirror) -> None:
+        began = trio.current_time()
+        with pytest.raises(OriginUnreachable, match="no token within 5 s"):
+            await mirror.take(mirror.registries.blob_source(APP, layer, None))
+        assert trio.current_time() - began == pytest.approx(5.0)
+
+    run(web_of(fake), main)
+
+
 def test_a_token_server_that_drips_costs_a_few_seconds() -> None:
     async def drip(asked: Asked) -> None:
         await asked.stream.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: 60000\r\n\r\n")
