@@ -21,6 +21,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "daemon": ("cli.daemon:daemon", "Run a node."),
     "fetch": ("cli.fetch:fetch", "Get a file through the swarm."),
     "task": ("cli.task:task", "What the store holds: ls, show, pin, unpin, rm."),
+    "image": ("cli.image:image", "Container images: pull through the swarm, list."),
     "peers": ("cli.status:peers", "Nodes this one is connected to."),
     "status": ("cli.status:status", "What the daemon says about itself."),
     "doctor": ("cli.doctor:doctor", "Find what is wrong, and say what to do."),

@@ -135,7 +135,7 @@ async def run_node(
         rest_collector()
         await stop.asked.wait()
         node.is_ready = False
-        await leave(swarm, settings.drain, stop.at_once, control if wait_for_commands else None)
+        await leave(swarm, settings.drain, stop.at_once, control if wait_for_commands else None, node.mirror)
     log.info("stopped")
 
 
@@ -150,19 +150,25 @@ def rest_collector() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
-async def leave(swarm: Swarm, seconds: float, at_once: trio.Event, control: ControlServer | None) -> None:
+async def leave(
+    swarm: Swarm, seconds: float, at_once: trio.Event, control: ControlServer | None, mirror: Mirror | None = None
+) -> None:
     """Finish what runs, for at most so long; what does not finish is resumed at the next start.
 
     Args:
         at_once: Set, it ends the waiting.
         control: Its commands are answered first, however long they take.
+        mirror: Its clients get what they were promised, within `seconds`.
     """
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_when, at_once, nursery.cancel_scope)
         if control is not None:
             await control.wait_idle()
         until = trio.current_time() + seconds
-        await swarm.service.drain(seconds)
+        if mirror is not None:
+            with trio.move_on_at(until):
+                await mirror.drain()
+        await swarm.service.drain(max(0.0, until - trio.current_time()))
         await swarm.announcer.withdraw_all()
         await swarm.hub.aclose(max(0.0, until - trio.current_time()))
         nursery.cancel_scope.cancel()

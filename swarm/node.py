@@ -251,6 +251,17 @@ class Node:
         self._finished.pop(entry.task.id, None)
         return {"task": entry.task.id.hex(), "removed": True}
 
+    async def pull_image(self, image: str, platform: str | None) -> dict[str, Any]:
+        return await self._running_mirror().pull(image, platform)
+
+    async def images(self) -> list[dict[str, Any]]:
+        return await self._running_mirror().images()
+
+    def _running_mirror(self) -> Mirror:
+        if self.mirror is None:
+            raise ConfigError("this daemon has no registry mirror; start it with --mirror 127.0.0.1:7402")
+        return self.mirror
+
     async def check_origin(self, url: str) -> dict[str, Any]:
         return await origin_view(self._origin, url)
 

@@ -77,6 +77,8 @@ class Node(Protocol):
     def peers(self) -> list[dict[str, Any]]: ...
     def pin(self, name: str, pinned: bool) -> dict[str, Any]: ...
     async def remove(self, name: str) -> dict[str, Any]: ...
+    async def pull_image(self, image: str, platform: str | None) -> dict[str, Any]: ...
+    async def images(self) -> list[dict[str, Any]]: ...
     async def check_origin(self, url: str) -> dict[str, Any]: ...
 
 
@@ -238,6 +240,12 @@ class _Conversation:
                 return node.pin(_text(request, "name"), operation == "pin")
             case "rm":
                 return await node.remove(_text(request, "name"))
+            case "image-pull":
+                return await node.pull_image(
+                    _text(request, "image"), _text(request, "platform") if request.get("platform") is not None else None
+                )
+            case "images":
+                return {"images": await node.images()}
             case "check-origin":
                 return await node.check_origin(_text(request, "url"))
             case other:

@@ -11,13 +11,15 @@ import structlog
 import trio
 
 from swarm.config import MirrorSettings
+from swarm.download.service import DownloadService
 from swarm.errors import ConfigError
 from swarm.metrics import Sample
 from swarm.mirror.authorize import Authorizer, held_in
 from swarm.mirror.catalogue import Catalogue
+from swarm.mirror.images import Images
 from swarm.mirror.pulls import Pulls
 from swarm.mirror.registry import Reader, Registries
-from swarm.mirror.resolve import Contained, Resolver
+from swarm.mirror.resolve import Resolver
 from swarm.mirror.routes import Routes
 from swarm.mirror.server import MirrorServer
 from swarm.mirror.tally import Tally
@@ -45,7 +47,7 @@ class Mirror:
         settings: MirrorSettings,
         listener: socket.socket,
         store: TaskStore,
-        service: Contained,
+        service: DownloadService,
         origin: Reader,
         directory: Path,
     ) -> None:
@@ -57,6 +59,7 @@ class Mirror:
         self.catalogue = Catalogue(directory / "mirror.state")
         self.tally = Tally()
         self._resolver: Resolver | None = None
+        self._server: MirrorServer | None = None
 
     @property
     def address(self) -> str:
@@ -66,6 +69,7 @@ class Mirror:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Answer clients until cancelled."""
+        pulls = Pulls(lambda digest: self.resolver().blobs_of(digest))
         with self._listener:
             try:
                 async with trio.open_nursery() as nursery:
@@ -73,16 +77,21 @@ class Mirror:
                         self._registries, self._authorizer, self._service, self.catalogue, self._settings, self.tally,
                         nursery=nursery,
                     )  # fmt: skip
-                    pulls = Pulls(resolver.blobs_of)
                     routes = Routes(self._registries, self._authorizer, self._service, resolver, self._settings, self.tally)
                     server = MirrorServer(routes, self._service, self._settings, self.tally, pulls)
-                    self._resolver = resolver
+                    self._resolver, self._server = resolver, server
                     nursery.start_soon(self._keep_house, pulls)
                     nursery.start_soon(server.run, self._listener)
                     task_status.started()
             finally:
-                self._resolver = None
+                self._resolver = self._server = None
+                pulls.expire(float("inf"))
                 self.catalogue.save()
+
+    async def drain(self) -> None:
+        """Take no further request, and wait for the answers under way."""
+        if self._server is not None:
+            await self._server.drain()
 
     async def _keep_house(self, pulls: Pulls) -> None:
         saved = trio.current_time()
@@ -121,15 +130,13 @@ class Mirror:
             yield "swarm_mirror_cut_bodies_total", {"reason": reason}, count
         yield "swarm_mirror_clients", {}, tally.clients
 
-    def images(self) -> list[dict[str, Any]]:
-        """Every image whose tag was asked for, with what of it is here."""
-        return [
-            {
-                "image": f"{name}:{tag}",
-                "digest": str(known.info.digest),
-                "media_type": known.info.media_type,
-                "asked": known.asked,
-                "here": self._service.is_here(known.info.digest),
-            }
-            for name, tag, known in self.catalogue.images()
-        ]
+    async def pull(self, image: str, platform: str | None) -> dict[str, Any]:
+        """See `images.Images.pull`."""
+        return await self._images().pull(image, platform)
+
+    async def images(self) -> list[dict[str, Any]]:
+        """See `images.Images.known`."""
+        return await self._images().known()
+
+    def _images(self) -> Images:
+        return Images(self._registries, self._authorizer, self._service, self.resolver())

@@ -20,7 +20,7 @@ import trio
 from swarm.config import MirrorSettings
 from swarm.download.reading import Reader
 from swarm.download.request import FetchRequest
-from swarm.errors import IntegrityError, NotFoundAtOrigin, NotPermitted, OriginError, OriginUnreachable, SwarmError
+from swarm.errors import IntegrityError, NotFoundAtOrigin, NotPermitted, OriginError, OriginUnreachable, StoreError, SwarmError
 from swarm.mirror.catalogue import MAX_MANIFEST_BYTES, Catalogue, Child, Contents, read_manifest
 from swarm.mirror.edges import Authorizer, Grant, ManifestInfo, MirrorError, Registries
 from swarm.mirror.flights import Flights
@@ -198,13 +198,30 @@ class Resolver:
             info, body = await self._registries.get_manifest(name, str(digest), client)
             self._note_alive(name.registry)
             self.catalogue.note_type(digest, info.media_type)
+        manifest = self._read(digest, body)
+        self._keep(manifest)
+        return manifest
+
+    async def stored_manifest(self, digest: Digest) -> Manifest | None:
+        """The manifest, if it is here; nobody is asked for it."""
+        kept = self._kept.get(digest)
+        if kept is not None or not self._service.is_here(digest):
+            return kept
+        reader = await self._service.read(FetchRequest(None, digest), _everything)
+        try:
+            body = reader.read() if reader.complete and reader.stop <= MAX_MANIFEST_BYTES else b""
+        except StoreError:
+            return None
+        finally:
+            reader.close()
+        return self._read(digest, body)
+
+    def _read(self, digest: Digest, body: bytes) -> Manifest:
         contents = read_manifest(body, self.catalogue.media_type(digest))
         self.catalogue.note_type(digest, contents.media_type)
         self.catalogue.note_children(contents)
         blobs = frozenset(child.digest for child in contents.blobs if not child.elsewhere)
-        manifest = Manifest(digest, contents.media_type, body, contents, blobs)
-        self._keep(manifest)
-        return manifest
+        return Manifest(digest, contents.media_type, body, contents, blobs)
 
     async def _from_swarm(self, name: Name, digest: Digest, grant: Grant, client: ClientCredentials | None) -> bytes | None:
         """From the store, members or the registry, whoever's turn it is; `None` if that did not work out."""

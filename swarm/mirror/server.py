@@ -79,10 +79,25 @@ class MirrorServer:
         self._settings = settings
         self._tally = tally
         self._pulls = pulls
+        self._busy = 0
+        self._idle = trio.Event()
+        self._accepting = trio.CancelScope()
+        self._draining = False
 
     async def run(self, listener: socket.socket) -> None:
-        """Answer until cancelled; the listener is closed then."""
-        await trio.serve_listeners(self._accepted, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
+        """Answer until cancelled; the listener is closed then, or by `drain`."""
+        async with trio.open_nursery() as handlers:
+            with self._accepting:
+                faces = [trio.SocketListener(trio.socket.from_stdlib_socket(listener))]
+                await trio.serve_listeners(self._accepted, faces, handler_nursery=handlers)
+
+    async def drain(self) -> None:
+        """Take no further connection and no further request, and wait for the answers under way."""
+        self._draining = True
+        self._accepting.cancel()
+        while self._busy:
+            self._idle = trio.Event()
+            await self._idle.wait()
 
     async def _accepted(self, stream: trio.SocketStream) -> None:
         if self._tally.clients >= self._settings.clients:
@@ -113,11 +128,20 @@ class MirrorServer:
                 return
             if request is None:
                 return
-            if not await self._serve(stream, sender, request, client) or not reader.may_continue:
+            if not await self._serve(sender, request, client) or not reader.may_continue or self._draining:
                 return
 
-    async def _serve(self, stream: trio.SocketStream, sender: Sender, request: Request, client: str) -> bool:
+    async def _serve(self, sender: Sender, request: Request, client: str) -> bool:
         """Answer one request; `False` where the connection cannot go on."""
+        self._busy += 1
+        try:
+            return await self._answer(sender, request, client)
+        finally:
+            self._busy -= 1
+            if not self._busy:
+                self._idle.set()
+
+    async def _answer(self, sender: Sender, request: Request, client: str) -> bool:
         began = trio.current_time()
         if request.method == "GET" and b"/blobs/" in request.target:
             # May take seconds, and a download must not go on for somebody who has left.

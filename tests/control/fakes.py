@@ -106,6 +106,12 @@ class FakeNode:
     async def remove(self, name: str) -> dict[str, Any]:
         raise SwarmError("in use")
 
+    async def pull_image(self, image: str, platform: str | None) -> dict[str, Any]:
+        raise SwarmError("this daemon has no registry mirror")
+
+    async def images(self) -> list[dict[str, Any]]:
+        return []
+
     async def check_origin(self, url: str) -> dict[str, Any]:
         raise RuntimeError("a bug")
 
