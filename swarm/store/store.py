@@ -453,11 +453,21 @@ class TaskStore(ABC):
         if content.key not in self._contents:
             return
         self._drop_if_unnamed(content)
+        self._drop_if_empty(content)
         if content.key in self._contents:
             self._warm[content.key] = content
             if len(self._warm) > MAX_WARM:
                 _, coldest = self._warm.popitem(last=False)
                 self._cool(coldest)
+
+    def _drop_if_empty(self, content: Content) -> None:
+        """A download that ended without a single good piece leaves nothing: room was reserved for all of it."""
+        known = content.pieces
+        if known is None or known.held.any() or known.suspect.any():
+            return
+        if content.key in self._contents and not content.complete and not content.pinned and content.gone is None:
+            self._forget(content)
+            self._discard(content.file)
 
     def _cool(self, content: Content) -> None:
         content.pieces = None

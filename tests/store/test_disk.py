@@ -218,7 +218,7 @@ def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
 
 
 def test_the_order_of_last_use_survives_a_restart(tmp_path: Path) -> None:
-    materials = [Material(1000, seed=seed) for seed in range(4)]
+    *kept, new = (Material(1000, seed=seed) for seed in range(4))
     clock = [0.0]
 
     def now() -> float:
@@ -227,14 +227,13 @@ def test_the_order_of_last_use_survives_a_restart(tmp_path: Path) -> None:
 
     async def fill() -> None:
         with disk_store(tmp_path / "store", now=now) as store:
-            for material in materials[:3]:
+            for material in kept:
                 (await complete(store, material.url, material)).close()
-            opened(store, materials[0].url.id).close()
+            opened(store, kept[0].url.id).close()
 
     async def evict() -> None:
-        with disk_store(tmp_path / "store", now=now, quota_bytes=3000) as store:
-            (await create(store, materials[3].url, materials[3])).close()
-            assert {entry.task.id for entry in store.entries()} == {materials[i].url.id for i in (0, 2, 3)}
+        with disk_store(tmp_path / "store", now=now, quota_bytes=3000) as store, await create(store, new.url, new):
+            assert {entry.task.id for entry in store.entries()} == {each.url.id for each in (kept[0], kept[2], new)}
 
     run(fill)
     run(evict)

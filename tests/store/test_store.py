@@ -339,9 +339,9 @@ def test_the_least_recently_used_goes_first_and_pins_stay(make: Make) -> None:
             (await complete(store, material.url, material)).close()
         assert store.pin(materials[0].url.id, True)
         opened(store, materials[1].url.id).close()
-        (await store.create(materials[4].url, materials[4].geometry)).close()
-        assert gone == [materials[2].url.id, materials[2].blob.id]
-        assert {entry.task.id for entry in store.entries()} == {materials[i].url.id for i in (0, 1, 3, 4)}
+        with await create(store, materials[4].url, materials[4]):
+            assert gone == [materials[2].url.id, materials[2].blob.id]
+            assert {entry.task.id for entry in store.entries()} == {materials[i].url.id for i in (0, 1, 3, 4)}
         assert store.statistics().evicted == 1
 
     run(main)
@@ -437,6 +437,39 @@ def test_above_the_high_mark_it_deletes_down_to_the_low_one(make: Make) -> None:
     run(main)
 
 
+def test_what_ends_without_a_piece_leaves_nothing_and_frees_its_room(make: Make) -> None:
+    material = Material(9000)
+
+    async def main() -> None:
+        store = make(quota_bytes=10_000)
+        with await create(store, material.url, material) as task, await create(store, material.url, material):
+            write(task, material, 0, 1)
+            task.drop_pieces([0, 1])
+        assert store.entries() == []
+        assert store.statistics().used_bytes == 0
+        with await create(store, material.blob, material) as task:
+            write(task, material, 2)
+        assert [entry.held for entry in store.entries()] == [1]
+
+    run(main)
+
+
+def test_what_is_pinned_or_still_read_is_kept_without_a_piece(make: Make) -> None:
+    material, other = Material(9000), Material(9000, seed=1)
+
+    async def main() -> None:
+        store = make()
+        with await create(store, material.url, material):
+            store.pin(material.url.id, True)
+        (reader, task) = (await create(store, other.url, other), await create(store, other.url, other))
+        task.close()
+        assert len(store.entries()) == 2
+        reader.close()
+        assert [entry.task.id for entry in store.entries()] == [material.url.id]
+
+    run(main)
+
+
 def test_it_is_withdrawn_from_the_network_before_it_is_deleted(make: Make) -> None:
     material = Material(9000)
 
@@ -478,6 +511,7 @@ def test_a_fetch_of_what_is_just_being_deleted_waits_and_begins_anew(make: Make)
             async def fetch() -> None:
                 with await create(store, material.url, material) as task:
                     assert not task.held.any()
+                    write(task, material, 1)
 
             nursery.start_soon(fetch)
             await trio.testing.wait_all_tasks_blocked()
@@ -733,6 +767,7 @@ def test_a_task_that_becomes_private_half_way_stays_so(make: Make) -> None:
         store = make()
         with await create(store, material.url, material) as task:
             assert not task.private
+            write(task, material, 0)
         with await create(store, material.url, material, private=True):
             assert task.task == material.url
         with await create(store, material.url, material, private=False) as task:
