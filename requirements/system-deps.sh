@@ -1,7 +1,7 @@
 #!/bin/sh
 # Debian packages for `SYSTEM=1 make test` and `make bench`.  Root.
 set -eu
-packages="iproute2 iptables procps curl nginx faketime docker-registry containerd podman skopeo"
+packages="iproute2 iptables procps curl nginx faketime docker-registry containerd docker.io podman skopeo"
 missing=""
 for package in $packages; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"

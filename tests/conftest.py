@@ -15,7 +15,7 @@ from hypothesis import settings
 # The programs of requirements/system-deps.sh that system tests start.
 SYSTEM_PROGRAMS = (
     *("ip", "tc", "iptables", "ip6tables", "curl", "nginx", "faketime"),
-    *("docker-registry", "containerd", "ctr", "podman", "skopeo"),
+    *("docker-registry", "containerd", "ctr", "dockerd", "docker", "podman", "skopeo"),
 )
 
 # No deadline: a shared machine stalls for longer than any honest example takes.

@@ -51,7 +51,9 @@ class Mirrored:
         return skopeo
 
     def configure(self, *place: object) -> None:
-        argv = [SWARM, "mirror", "configure", *map(str, place), "--mirror", BASE, "--registry", self.registry.base]
+        """`swarm mirror configure`; Docker knows no registry but Docker Hub."""
+        registries = [] if "--docker" in place else ["--registry", self.registry.base]
+        argv = [SWARM, "mirror", "configure", *map(str, place), "--mirror", BASE, *registries]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=20, env=clean_environment())
         assert done.returncode == 0, done.stderr
 
@@ -121,6 +123,7 @@ def mirrored(
     network: Mapping[int, Path] | None = None,
     more: str = "",
     options: Sequence[str] = (),
+    hub: bool = False,
     **of_registry: object,
 ) -> Iterator[Mirrored]:
     """`number` hosts with a registry in host 0; no daemon and no client runs yet.
@@ -128,6 +131,7 @@ def mirrored(
     Args:
         rate: Of every link, in the words of `tc`.
         more: Further settings of the daemons, as TOML before the registry's table.
+        hub: The registry is Docker Hub too.
         of_registry: Settings of the registry's table.
     """
     with ExitStack() as stack:
@@ -136,7 +140,8 @@ def mirrored(
         work = make_directory("m", hosts_dir())
         stack.callback(shutil.rmtree, work, ignore_errors=True)
         config = work / "swarm.toml"
-        config.write_text(settings(registry, more, **of_registry))
+        table = f'[mirror.registry."docker.io"]\nendpoint = "{registry.base}"\n' if hub else ""
+        config.write_text(settings(registry, more, **of_registry) + table)
         all_options = ["--config", str(config), "--mirror", MIRROR, *options]
         cluster = stack.enter_context(Cluster(hosts, network=dict(network) if network else None, options=all_options))
         if rate is not None:

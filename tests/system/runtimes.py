@@ -55,6 +55,11 @@ class Place:
     def command(self, argv: Sequence[str]) -> list[str]:
         return [*_OWN_MOUNTS, *argv] if self.hosts is None else self.hosts.command(self.host, argv)
 
+    def with_cgroups(self, argv: Sequence[str]) -> list[str]:
+        """As `command`, but with the machine's /sys, of which `ip netns exec` would leave out the control groups."""
+        network = [] if self.hosts is None else ["nsenter", f"--net=/run/netns/{self.hosts.namespace(self.host)}"]
+        return [*network, *_OWN_MOUNTS, *argv]
+
     def pull(self, argv: Sequence[str], timeout: float, environment: dict[str, str]) -> Pulled:
         began = time.monotonic()
         try:
@@ -204,6 +209,76 @@ class Containerd:
         """Where a blob lies once it is fetched."""
         algorithm, _, encoded = digest.partition(":")
         return self.directory / "root/io.containerd.content.v1.content/blobs" / algorithm / encoded
+
+
+# --- Docker ---------------------------------------------------------------------------------------------------------
+
+# What dockerd writes whatever it is told, in directories that it finds empty.
+_OWN_DOCKER: Final = (
+    *("sh", "-c", 'for d in /etc/docker /run/docker; do mkdir -p $d; mount -t tmpfs none $d; done; exec "$0" "$@"'),
+)
+
+
+class Docker:
+    """One dockerd, which starts a containerd of its own; use it with `with`.
+
+    Args:
+        directory: Its own; short enough for a socket's path.
+
+    Attributes:
+        settings: Its daemon.json; there is none at first.
+    """
+
+    def __init__(self, directory: Path, place: Place = HERE) -> None:
+        self.directory = _made(directory)
+        self.settings = directory / "daemon.json"
+        self._place = place
+        self._log = directory / "dockerd.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Docker:
+        at = self.directory
+        argv = ["dockerd", "-H", f"unix://{at}/s", "--data-root", f"{at}/root", "--exec-root", f"{at}/exec"]
+        argv += ["--pidfile", f"{at}/pid", "--bridge", "none", "--iptables=false", "--storage-driver", "overlay2"]
+        argv += ["--config-file", str(self.settings)] if self.settings.exists() else []
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._place.with_cgroups([*_OWN_DOCKER, *argv]),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(at),
+            )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 30
+            while "API listen on" not in (said := self._log.read_text(errors="replace")):
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeFailed(said[-2000:])
+                time.sleep(0.02)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def reload(self) -> None:
+        """What `systemctl reload docker` does."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + 10
+        while "Reloaded configuration" not in (said := self._log.read_text(errors="replace")):
+            if time.monotonic() > deadline:
+                raise RuntimeFailed(said[-2000:])
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """SIGTERM, so that it ends its containerd too."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(20)
+
+    def pull(self, reference: str, *, timeout: float = TIMEOUT) -> Pulled:
+        argv = ["docker", "-H", f"unix://{self.directory}/s", "pull", "-q", reference]
+        return self._place.pull(argv, timeout, _environment(self.directory))
 
 
 # --- podman and skopeo ----------------------------------------------------------------------------------------------

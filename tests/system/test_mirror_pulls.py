@@ -11,7 +11,7 @@ import pytest
 from tests.system.images import MIB, Image, Kind, Layer
 from tests.system.mirrored import Mirrored, assert_pulled, mirrored, small_image
 from tests.system.processes import Prepared, start_together, wait
-from tests.system.runtimes import Containerd, Pulled, Skopeo
+from tests.system.runtimes import Containerd, Docker, Place, Pulled, Skopeo
 
 pytestmark = pytest.mark.system
 
@@ -51,6 +51,22 @@ def test_unpacking_what_came_through_the_mirror_works() -> None:
         reference = m.registry.push(small_image(m.registry), "lib/it", "v1")
         m.cluster.start_all()
         assert_pulled(m.containerd(1).pull(reference))
+
+
+def test_docker_pulls_docker_hubs_images_through_the_mirror_once_it_was_reloaded() -> None:
+    with mirrored(1, hub=True) as m:
+        image = small_image(m.registry)
+        m.registry.push(image, "library/small", "v1")
+        m.cluster.start_all()
+        docker = Docker(m.work / "d", Place(m.hosts, 1))
+        docker.settings.write_text('{"max-concurrent-downloads": 2}')
+        with docker:
+            m.configure("--docker", docker.settings)
+            docker.reload()
+            assert_pulled(docker.pull("small:v1"))
+        m.cluster.stop()
+        assert m.registry.copies(image) == 1
+        assert {it.agent.partition("/")[0].lower() for it in m.registry.requests()} == {"swarm"}
 
 
 def test_four_containerds_at_once_read_the_registry_once() -> None:
