@@ -119,7 +119,7 @@ def test_a_node_that_was_restarted_serves_while_the_registry_is_gone(tmp_path: P
         assert first.stop() == 0
     more = {"SWARM_MIRROR_REGISTRY_TIMEOUT": "0.5", "SWARM_MIRROR_TAG_CACHE": "0"}
     with start(tmp_path / "a", registry, **more) as again:
-        registry.statuses = dict.fromkeys(registry.files, 503)
+        registry.statuses = dict.fromkeys([*registry.files, "/v2/lib/app/manifests/other"], 503)
         pull(again, registry)
         assert get(again, "manifests/other", registry)[0] in (502, 504)
         stale = [line for line in again.lines() if line["event"] == "mirror_tag_stale"]
