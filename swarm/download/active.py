@@ -120,6 +120,7 @@ class Active:
         joined: Set when somebody we greeted or dialled answered or failed.
         awaiting: Greeted, and not answered yet.
         signers: Piece -> who vouched for it, for pieces that came in this run.
+        private_for: Neighbours that have it as private content too, so that their readers show a right to it.
         seals: Who sealed the task, and what.
         banned: Public keys of members that vouched for wrong bytes of this task.
         strict: Only the origin is believed.
@@ -154,6 +155,7 @@ class Active:
     signers: dict[int, bytes] = field(default_factory=dict)
     awaiting: set[NodeId] = field(default_factory=set)
     greeted: set[NodeId] = field(default_factory=set)
+    private_for: set[NodeId] = field(default_factory=set)
     reads: dict[int, trio.CancelScope] = field(default_factory=dict)
     seals: dict[NodeId, tuple[bytes, wire.SealBody]] = field(default_factory=dict)
     banned: set[bytes] = field(default_factory=set)

@@ -874,6 +874,7 @@ class DownloadService:
         self._lobbies.link_down(gone)
         for active in self._active.values():
             active.greeted.discard(gone)
+            active.private_for.discard(gone)
             active.answered(gone)
             active.seals.pop(gone, None)
             if gone in active.exchange.neighbours:
@@ -916,6 +917,7 @@ class DownloadService:
             case wire.Leave():
                 active.answered(node_id)
                 active.greeted.discard(node_id)
+                active.private_for.discard(node_id)
                 active.members.declined(node_id, now)
                 active.seals.pop(node_id, None)
                 active.exchange.peer_left(node_id, now)
@@ -956,6 +958,7 @@ class DownloadService:
             return
         active.exchange.peer_joined(link.node_id, join, trio.current_time())
         active.greeted.add(link.node_id)
+        (active.private_for.add if join.private else active.private_for.discard)(link.node_id)
         if join.seal is not None:
             self._sealed(active, link, join.seal)
         if join.reply:

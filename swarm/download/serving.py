@@ -28,7 +28,7 @@ class Serving:
             return wire.NOT_HELD
         active.last_asked = trio.current_time()
         stored = active.stored
-        if not active.shared or (stored.private and (not encrypted or self._parts.membership.is_open)):
+        if not active.shared or (stored.private and not (encrypted and self._may_have_private(active, node_id))):
             return wire.REFUSED
         if request.piece == wire.SEAL_TABLE:
             return self._table(stored, request)
@@ -43,6 +43,10 @@ class Serving:
         if body is None:
             return wire.NOT_HELD
         return Served(body, proof, certificate)
+
+    def _may_have_private(self, active: Active, node_id: NodeId) -> bool:
+        """A node that takes the content for public would give it to anybody, so it does not get what we have as private."""
+        return not self._parts.membership.is_open and node_id in active.private_for
 
     @staticmethod
     def _table(stored: StoredTask, request: wire.Request) -> Served | int:

@@ -27,9 +27,11 @@ def unshared(scene: Scene, source: Source) -> Task:
     return url_task(source.url, validator=scene.origin.validator, shared=False)
 
 
-def ask_for(scene: Scene, task: Task, *, encrypted: bool) -> int | str:
-    """What a member gets that asks for the first piece."""
-    peer = scene.peer()
+def ask_for(scene: Scene, task: Task, *, encrypted: bool, private: bool | None = None) -> int | str:
+    """What a member gets that asks for the first piece, after joining with the content as private or public."""
+    peer, geometry = scene.peer(), scene.content.geometry
+    if private is not None:
+        peer.say(wire.Join(task.id, geometry.length, geometry.piece_length, held=bytes(1), private=private))
     served = scene.service.serve(
         peer.node_id, wire.Request(1, task.id, 0, 0, scene.content.geometry.size(0)), encrypted=encrypted
     )
@@ -89,8 +91,27 @@ async def shared_privately(scene: Scene, **more: Any) -> None:
 async def test_what_needed_credentials_and_is_shared_travels_encrypted_only(scene: Scene) -> None:
     await shared_privately(scene)
     assert scene.discovery.announced[scene.task.id] is State.COMPLETE
-    assert ask_for(scene, scene.task, encrypted=False) == wire.REFUSED
-    assert ask_for(scene, scene.task, encrypted=True) == "served"
+    assert ask_for(scene, scene.task, encrypted=False, private=True) == wire.REFUSED
+    assert ask_for(scene, scene.task, encrypted=True, private=True) == "served"
+
+
+@runs(is_open=False)
+async def test_a_node_that_takes_private_content_for_public_gets_none_of_it(scene: Scene) -> None:
+    """It checked no right, so it would give the content to whoever asks; where all pieces are encrypted, too."""
+    await shared_privately(scene)
+    assert ask_for(scene, scene.task, encrypted=True, private=False) == wire.REFUSED
+    assert ask_for(scene, scene.task, encrypted=True) == wire.REFUSED
+
+
+@runs(is_open=False)
+async def test_a_node_that_changes_its_mind_about_private_content_gets_no_more_of_it(scene: Scene) -> None:
+    await shared_privately(scene)
+    task, geometry = scene.task, scene.content.geometry
+    for last in (wire.Join(task.id, geometry.length, geometry.piece_length, held=bytes(1)), wire.Leave(task.id)):
+        peer = scene.peer()
+        peer.say(wire.Join(task.id, geometry.length, geometry.piece_length, held=bytes(1), private=True), last)
+        asked = wire.Request(1, task.id, 0, 0, geometry.size(0))
+        assert scene.service.serve(peer.node_id, asked, encrypted=True) == wire.REFUSED
 
 
 @runs(is_open=False)
