@@ -233,10 +233,7 @@ class EgressSettings:
 
 @dataclass(frozen=True, slots=True)
 class RegistrySettings:
-    """One registry, by its name in image references (`"registry.example:5000"`, `"docker.io"`) or `"*.domain"`.
-
-    A registry with a table of its own counts as listed in `mirror.registries`.
-    """
+    """One registry, by its name in images (`"registry.example:5000"`, `"docker.io"`) or `"*.domain"`; it counts as listed."""
 
     endpoint: str = setting(
         "", "Where it answers, if not at `https://` and its name: `http://10.0.0.5:5000`. Plain HTTP must be said here."
