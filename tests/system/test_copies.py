@@ -67,7 +67,7 @@ def test_hosts_killed_in_the_middle_do_not_keep_the_others_from_the_file() -> No
         survivors = [it for it in fetched if it.host not in (2, 5)]
         s.assert_all_have_it(survivors)
         s.cluster.stop()
-        assert s.copies() <= 1.3
+        assert s.copies() <= 1.2
         assert last_done([it.end for it in survivors]) < 22  # the floor is 5.4 s
 
 
@@ -84,8 +84,8 @@ def test_both_sides_of_a_healed_partition_end_with_the_file() -> None:
         s.hosts.unsplit(*s.hosts.all())
         s.assert_all_have_it(s.cluster.finish(fetches, 90))
         s.cluster.stop()
-        # Each side may have read what it could not get from the other: two copies, and what was in flight.
-        assert s.copies() <= 2.2
+        # Read again is at most what only the far side had: what passed the origin's link in 1.5 s, 0.56 of a copy.
+        assert s.copies() <= 1.6
 
 
 def test_a_second_fetch_sends_one_head_and_reads_nothing() -> None:

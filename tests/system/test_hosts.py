@@ -100,7 +100,6 @@ def test_commands_of_a_start_begin_together(tmp_path: Path) -> None:
         for it in commands:
             it.close()
     assert [end.out.strip() for end in ends] == [str(n) for n in range(20)]
-    # 2 ms on a quiet machine; starting twenty shells one after the other would take longer than this on any.
-    # Benchmarks hold the real spread against 50 ms.
-    assert spread(ends) < 0.25
+    # 2 ms on a quiet machine, 35 ms on one with five times as much to do as it can; benchmarks hold it against 50 ms.
+    assert spread(ends) < 0.1
     assert last_done(ends) >= 0.2

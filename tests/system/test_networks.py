@@ -19,8 +19,9 @@ from tests.system.scene import scene
 pytestmark = pytest.mark.system
 
 LENGTH = 8 * MIB
-# Copies: they share, rather than that each reads its own.  How near to one is the matter of test_copies.py.
-SHARED = 1.5
+# Copies: 1.00 to 1.03 on a machine that keeps up, a piece being 0.03; more where it stands still for as long as a lease.
+# How near to one is the matter of test_copies.py.
+SHARED = 1.2
 
 
 def test_hosts_with_ipv6_only_share_one_copy() -> None:
@@ -143,11 +144,10 @@ def test_a_clock_off_by_an_hour_warns_and_works(offset: str) -> None:
         for host in (2, 3):
             s.cluster.daemons[host].wait_ready()
         s.assert_all_have_it(s.cluster.fetch_all(s.url, timeout=60))
-        logs = "".join(daemon.log.read_text() for daemon in s.cluster.daemons.values())
         s.cluster.stop()
         assert s.copies() <= SHARED
-        warnings = [line for line in logs.splitlines() if '"warning"' in line and "clock" in line]
-        assert warnings, "nobody warned of the clock"
+        told = [host for host, daemon in s.cluster.daemons.items() if "our clock differs" in daemon.log.read_text()]
+        assert told == [2], "whose clock is wrong is told so, and nobody else"
 
 
 def faked(offset: str) -> dict[str, str]:
