@@ -40,6 +40,7 @@ def status(data_dir: Path | None, as_json: bool) -> None:
             ("running for", human_duration(said["uptime_seconds"])),
             ("listens on", f"{said['control']} (DHT, control), {said['pieces']} (pieces)"),
             ("http", said["http"] or "off"),
+            ("mirror", said.get("mirror") or "off"),
             ("announced as", ", ".join(said["addresses"]) or "nothing yet: no node has told us our address"),
             ("peers", said["peers"]),
             ("dht contacts", said["dht_contacts"]),
