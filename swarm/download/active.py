@@ -128,6 +128,7 @@ class Active:
         closed: We have left the task; nothing of it may be written or served any more.
         last_asked: When a peer last joined or asked for a piece.
         whole_content: Everything is wanted, not only a range.
+        told_by: Who said how long the content is, where the origin did not.
         read_here: Pieces this node itself read from the origin.
         readers: Ranges that are read while they arrive, by reader.
         blocked: Pieces that readers wait for, longest first, or `WHOLE_CHECKED`.
@@ -171,6 +172,7 @@ class Active:
     origin_error: OriginError | NotPermitted | None = None
     last_byte: float = 0.0
     whole_content: bool = True
+    told_by: tuple[NodeId, ...] = ()
     read_here: set[int] = field(default_factory=set)
     readers: dict[object, tuple[int, int]] = field(default_factory=dict)
     blocked: dict[int, trio.Event] = field(default_factory=dict)

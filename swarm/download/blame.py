@@ -54,6 +54,14 @@ class Blame:
             link.drop("it vouched for wrong bytes")
         active.exchange.peer_left(liar, trio.current_time())
 
+    def tellers(self, active: Active) -> None:
+        """The content is not as long as these members said."""
+        for node_id in active.told_by:
+            self._ban(node_id)
+            link = self._parts.link(node_id)
+            if link is not None:
+                link.drop("it told a wrong length")
+
     def _ban(self, node_id: NodeId) -> None:
         self._bans.ban(node_id, trio.current_time())
         self._parts.totals.bans += 1

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from blake3 import blake3
 
-from swarm.errors import OriginError
+from swarm.errors import ContentChanged
 from swarm.task import Geometry
 
 
@@ -30,11 +30,11 @@ class PieceCutter:
         """Take in bytes; yields (piece, its bytes, their BLAKE3) for each piece that became whole.
 
         Raises:
-            OriginError: More bytes than the content has.
+            ContentChanged: More bytes than the content has.
         """
         view = memoryview(chunk)
         if self.position + len(view) > self._geometry.length:
-            raise OriginError("the origin sent more bytes than it announced")
+            raise ContentChanged("the origin sends more bytes than the content has")
         if self._skip:
             passed = min(self._skip, len(view))
             self._skip -= passed

@@ -96,6 +96,8 @@ class OriginReads:
                     await self._take_all(active, body.chunks(), PieceCutter(geometry, body.start))
                 if active.exchange.complete:
                     return
+                if active.told_by:
+                    raise ContentChanged("the content is shorter than members of the swarm said")
             except OriginUnreachable:
                 if attempt + 1 == ORIGIN_ATTEMPTS:
                     raise

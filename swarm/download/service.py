@@ -165,9 +165,11 @@ class DownloadService:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 task_status.started()
-                await trio.sleep_forever()
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    self._nursery = None  # in here: nothing is to be started in a nursery that has closed
         finally:
-            self._nursery = None
             for active in list(self._active.values()):
                 self._close(active)
 
@@ -506,7 +508,10 @@ class DownloadService:
                 raise LocalProtocolError("neither a geometry nor an origin")
             else:
                 active, others = await self._read_unknown_length(task, source, info, request)
-                lobby.guests |= others.guests
+                others.guests |= lobby.guests
+                lobby = others
+            if info is None or info.length is None:
+                active.told_by = lobby.tellers
         except BaseException:
             # It may have been announced already; nobody is to come for what we do not even want any more.
             self._lobbies.dismiss(task.id, lobby)
@@ -675,7 +680,8 @@ class DownloadService:
             for action in exchange.take_actions():
                 self._act(active, action, nursery)
             if active.downloading:
-                if exchange.complete and not active.finishing:
+                # How long it really is shows at the end of a read, where only members said it.
+                if exchange.complete and not active.finishing and not (active.told_by and active.reads):
                     active.finishing = True
                     nursery.start_soon(self._finish, active)
                 else:
@@ -801,6 +807,8 @@ class DownloadService:
         if active.closed or not active.downloading:
             return
         active.error = error
+        if isinstance(error, ContentChanged):
+            self._blame.tellers(active)
         active.done.set()
         # Another download of the same content may have repaired it, under another name.
         leaves = not (active.repairing and active.stored.complete and not active.stored.private)
@@ -936,7 +944,9 @@ class DownloadService:
             link.post(wire.Leave(task_id))
 
     def _joined(self, link: PeerLink, join: wire.Join) -> None:
-        self._lobbies.joined(join)
+        if self._meeting.is_banned(link.node_id):
+            raise RemoteProtocolError("banned")
+        self._lobbies.joined(link.node_id, join)
         active = self._open(join.task)
         if active is None or not active.shared:
             if join.reply:
@@ -946,8 +956,6 @@ class DownloadService:
             link.post(wire.Leave(join.task))
             active.answered(link.node_id)
             return
-        if self._meeting.is_banned(link.node_id):
-            raise RemoteProtocolError("banned")
         active.last_asked = trio.current_time()
         newcomer = link.node_id not in active.exchange.neighbours
         greeted = link.node_id in active.greeted

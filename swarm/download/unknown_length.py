@@ -36,6 +36,9 @@ MAX_READERS = 3
 """Seconds for which claims of one reader are waited for, and readers waited for one after another: nobody can tell a long read
 from a promise without end."""
 
+VOTE_SECONDS = 0.25
+"""After the first answer, for others to say the same or something else."""
+
 GEOMETRY_PATIENCE = 15.0
 """Seconds to wait for a member that knows the geometry where the origin does not say it."""
 
@@ -45,7 +48,8 @@ class Lobby:
     """Waiting for somebody who knows the geometry of a task whose length is not known here."""
 
     heard: trio.Event = field(default_factory=trio.Event)
-    geometry: Geometry | None = None
+    told: dict[Geometry, dict[NodeId, None]] = field(default_factory=dict)
+    """What members say the geometry is, and who; each has one vote."""
     guests: dict[NodeId, None] = field(default_factory=dict)
     """Who asked us meanwhile, or was asked: they are told when the geometry is known."""
     awaiting: set[NodeId] = field(default_factory=set)
@@ -63,6 +67,23 @@ class Lobby:
     """Ours, while we read."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     """Of our read."""
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """What most say; the first one of those that as many say."""
+        return max(self.told, key=lambda geometry: len(self.told[geometry]), default=None)
+
+    @property
+    def tellers(self) -> tuple[NodeId, ...]:
+        """Who said so."""
+        return tuple(self.told.get(self.geometry, ())) if self.geometry is not None else ()
+
+    def tell(self, node_id: NodeId, geometry: Geometry) -> None:
+        """A member says what the geometry is."""
+        if sum(map(len, self.told.values())) < MAX_LOBBY and not any(node_id in voters for voters in self.told.values()):
+            self.told.setdefault(geometry, {})[node_id] = None
+        self.heard.set()
+        self.gone(node_id)
 
     def meet(self, node_id: NodeId) -> None:
         if len(self.guests) < MAX_LOBBY:
@@ -88,10 +109,19 @@ class Lobby:
         return True
 
     async def wait_for_members(self) -> None:
-        """Until the geometry is known, or nobody is left who might tell it."""
-        while self.geometry is None and (self.awaiting or not self.looked):
-            self.changed = trio.Event()
-            await self.changed.wait()
+        """Until the geometry is known, or nobody is left who might tell it.
+
+        Some time for others after the first: one liar is not to have the last word too.
+        """
+        while not self.told and (self.awaiting or not self.looked):
+            await self._change()
+        with trio.move_on_after(VOTE_SECONDS):
+            while self.awaiting or not self.looked:
+                await self._change()
+
+    async def _change(self) -> None:
+        self.changed = trio.Event()
+        await self.changed.wait()
 
 
 class Lobbies:
@@ -166,7 +196,7 @@ class Lobbies:
                 if lobby.geometry is not None:
                     return lobby
                 if await self._read_all(task, source, info, spool, lobby):
-                    lobby.geometry = None  # what somebody told meanwhile counts less than what we read
+                    lobby.told.clear()  # what somebody told meanwhile counts less than what we read
                     return lobby
                 rank = max(1, rank)
         except BaseException:
@@ -277,17 +307,15 @@ class Lobbies:
         for lobby in self._lobbies.values():
             lobby.gone(node_id)
 
-    def joined(self, join: wire.Join) -> None:
+    def joined(self, node_id: NodeId, join: wire.Join) -> None:
         """A member told the geometry of a task.
 
         Raises:
             RemoteProtocolError: Nobody derives such a geometry.
         """
         lobby = self._lobbies.get(join.task)
-        if lobby is not None and lobby.geometry is None:
-            lobby.geometry = _checked_geometry(join)
-            lobby.heard.set()
-            lobby.changed.set()
+        if lobby is not None:
+            lobby.tell(node_id, _checked_geometry(join))
 
     def somebody_reads(self, message: wire.Claims) -> None:
         """A member claims the whole of a task we wait for."""

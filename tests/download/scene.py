@@ -140,6 +140,11 @@ class Peer:
         self._part = lambda: self.join(held, seal=seal, reads=reads)
         return self
 
+    def answers(self, message: wire.TaskMessage) -> Peer:
+        """Say this whenever asked whether it takes part."""
+        self._part = lambda: self.say(message)
+        return self
+
     def hang_up(self, reason: str = "gone") -> None:
         if self.up:
             self.up = False

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from swarm import wire
+from swarm.download.claims import score
 from swarm.download.exchange import Exchange
 from swarm.download.request import FetchRequest
 from swarm.download.service import COMPANY_SECONDS, GIVE_UP_AFTER, IDLE_SECONDS
@@ -417,12 +418,12 @@ async def test_when_the_reader_of_unknown_length_falls_silent_the_next_reads(sce
 @runs()
 async def test_members_that_claim_the_whole_for_ever_and_bring_nothing_are_not_waited_for_for_ever(scene: Scene) -> None:
     streamed(scene)
-    liars = [scene.peer() for _ in range(6)]
+    liars = [scene.peer() for _ in range(MAX_READERS + 2)]
     scene.discovery.members = [scene.provider(liar) for liar in liars]
-    reads_whole(scene, *liars[:2], seconds=2000)
     fetch = scene.fetch()
-    await trio.sleep(READER_PATIENCE - 10)
-    reads_whole(scene, *liars[2:], seconds=2000)
+    for liar in liars:
+        reads_whole(scene, liar, seconds=1000)
+        await trio.sleep(READER_PATIENCE - 20)
     fetched = await fetch.outcome()
     assert fetch.bytes == scene.content.bytes
     assert fetched.seconds < MAX_READERS * READER_PATIENCE
@@ -476,6 +477,85 @@ async def test_a_geometry_that_nobody_derives_costs_its_sender_the_link(scene: S
     scene.origin.open.set()
     await fetch.outcome()
     assert fetch.bytes == scene.content.bytes
+
+
+@pytest.mark.parametrize("told", [3, COUNT + 5])
+@pytest.mark.parametrize("by_digest", [True, False])
+def test_who_lies_about_a_length_that_the_origin_does_not_tell_is_found_out_and_the_content_comes(
+    told: int, by_digest: bool
+) -> None:
+    async def script(scene: Scene) -> None:
+        if not by_digest:
+            scene.as_url()
+        scene.origin.tells_length = scene.origin.serves_ranges = False
+        liar = scene.peer()
+        liar.answers(wire.Join(scene.task.id, told * MIN_PIECE_BYTES, MIN_PIECE_BYTES, complete=True))
+        fetch = scene.fetch()
+        await fetch.outcome()
+        assert fetch.bytes == scene.content.bytes
+        assert liar.dropped == "it told a wrong length"
+        assert len(scene.origin.reads) == 2, "one to find out, and one that counts"
+
+    play(script)
+
+
+@runs()
+async def test_one_liar_does_not_have_the_word_about_the_length_of_what_only_members_know(scene: Scene) -> None:
+    liar = scene.peer()
+    honest = [scene.peer().serves(scene.content) for _ in range(2)]
+    lie = wire.Join(scene.task.id, 3 * MIN_PIECE_BYTES, MIN_PIECE_BYTES, complete=True)
+    fetch = scene.fetch(scene.request(source=None))
+    await trio.sleep(0.05)
+    for _ in range(10):
+        liar.say(lie)
+    await trio.sleep(0.05)
+    for peer in honest:
+        assert peer.told(wire.Ask)
+        peer.takes_part().join()
+    await fetch.outcome()
+    assert fetch.bytes == scene.content.bytes
+
+
+@runs()
+async def test_who_asks_while_we_read_the_whole_hears_of_it_at_once(scene: Scene) -> None:
+    streamed(scene)
+    scene.origin.seconds_a_piece = 10.0
+    scene.fetch()
+    await trio.sleep(5.5)
+    peer = scene.peer()
+    peer.say(wire.Ask(scene.task.id))
+    assert [type(message) for message in peer.posted] == [wire.Claims]
+
+
+def rival(scene: Scene, *, first: bool) -> Peer:
+    """A member that is before (or after) us in the order of readers of the whole."""
+    while True:
+        peer = scene.peer()
+        if (score(peer.node_id, scene.task.id, -1) > score(scene.membership.node_id, scene.task.id, -1)) is first:
+            return peer
+        peer.hang_up()
+
+
+@pytest.mark.parametrize(("first", "after", "gives_way"), [(True, 1.5, True), (False, 1.5, False), (True, 3.5, False)])
+def test_of_two_that_begin_to_read_the_whole_at_the_same_moment_the_lower_gives_way(
+    first: bool, after: float, gives_way: bool
+) -> None:
+    async def script(scene: Scene) -> None:
+        streamed(scene)
+        scene.origin.seconds_a_piece = 5.0
+        fetch = scene.fetch()
+        await trio.sleep(0.2)
+        other = rival(scene, first=first).serves(scene.content)
+        await trio.sleep(after)
+        reads_whole(scene, other, seconds=30)
+        await trio.sleep(20)
+        other.takes_part().join()
+        fetched = await fetch.outcome()
+        assert fetch.bytes == scene.content.bytes
+        assert len(scene.origin.reads) == 1
+        assert (fetched.from_peers > 0) is gives_way
+
+    play(script)
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------

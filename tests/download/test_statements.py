@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from simulations.membership import SimulatedMembership
-from swarm import wire
+from swarm import proofs, wire
 from swarm.edges import State
 from swarm.task import MIN_PIECE_BYTES
 from tests.download.scene import POLICY, Content, Peer, Scene, play, runs
@@ -202,7 +202,10 @@ async def test_a_claim_passed_on_reaches_those_its_owner_did_not_and_nobody_twic
 WRONG_SEALS: dict[str, Callable[[Scene, Peer, Peer], wire.Signed]] = {
     "somebody else's": lambda scene, peer, other: other.seal(scene.content),
     "over other content than the task names": lambda scene, peer, other: peer.seal(scene.content, digest=OTHER.digest),
-    "over content of another length": lambda scene, peer, other: peer.seal(Content(COUNT - 1)),
+    "over content of another length": lambda scene, peer, other: peer.seal(Content(COUNT - 1), digest=scene.content.digest),
+    "over another task": lambda scene, peer, other: proofs.seal(
+        peer.membership, bytes(32), scene.content.geometry, scene.content.digest, scene.content.table(), 0
+    ),
     "over no digest at all": lambda scene, peer, other: peer.membership.sign(
         "seal",
         wire.SealBody(
