@@ -1,5 +1,6 @@
 """Membership: who is in, who is out, and what happens while a daemon runs."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from swarm.edges import Membership
 from swarm.errors import ConfigError, IntegrityError, NotAMember, RemoteProtocolError
 from swarm.identity import Identity
 from swarm.network import Network, open_network
+from swarm.task import Digest, blob_task
 from tests.closed_network import DAY, ClosedNetwork, Wall
 
 OPEN_NETWORK_ID = "c97f6ce391eb3528cd92c13938b9dcc4ff491de62766a84d2c17a7c57f9a38dd"
@@ -41,6 +43,21 @@ def acquainted(closed: ClosedNetwork, *names: str) -> list[Network]:
         for other in members:
             one.learn(other.certificate)
     return members
+
+
+# --- keys of tasks ---------------------------------------------------------------------------------------------------
+
+
+def test_whoever_watches_the_dht_without_the_network_cannot_tell_which_digest_a_key_stands_for(closed, tmp_path, wall):
+    """SECURITY: T22."""
+    a, b = closed.load("a"), closed.load("b")
+    task = blob_task(Digest("sha256", hashlib.sha256(b"what is fetched").hexdigest())).id
+    key = a.task_key(task)
+    assert key == b.task_key(task), "members find one another"
+    guesses = [task[:20], *(hashlib.new(name, task).digest()[:20] for name in ("sha1", "sha256", "sha512"))]
+    guesses += [hashlib.blake2b(task, digest_size=20).digest(), hashlib.blake2b(task).digest()[:20]]
+    elsewhere = ClosedNetwork(tmp_path / "another", wall)
+    assert key not in [*guesses, elsewhere.load("a").task_key(task), open_network("test", Identity(bytes(32))).task_key(task)]
 
 
 # --- signatures ------------------------------------------------------------------------------------------------------
