@@ -34,6 +34,9 @@ MAX_CLOSED: Final = 4096
 CLOSED_SECONDS: Final = 300.0
 """How long it is not asked again whether anybody may read a repository that asked for credentials."""
 
+MAX_PRIVATE: Final = 16_384
+"""Digests remembered as private; beyond these only what the store says counts."""
+
 Held = Callable[[Digest], bool | None]
 """Whether this node has content with this digest, and may not give it to everybody (`True`), may (`False`); or has none."""
 
@@ -74,6 +77,7 @@ class Authorizer:
         self._held = held
         self._flights: Flights[tuple[Name, Digest, bytes], None] = Flights()
         self._closed: OrderedDict[Name, float] = OrderedDict()
+        self._private: OrderedDict[Digest, None] = OrderedDict()
 
     async def check(
         self, name: Name, digest: Digest, client: ClientCredentials | None, *, manifest: bool | None = None
@@ -100,17 +104,19 @@ class Authorizer:
             return Grant(private=False)
         if mode in ("verify", "never"):
             await self._require(name, digest, asker, manifest)
+            self._note_private(digest)
             return Grant(private=True, shared=mode == "verify")
         if await self._anybody_may(name, digest, asker, manifest):
             return Grant(private=False)
         if asker.is_anonymous:
             raise self._registries.denied(name, asker)
         await self._require(name, digest, asker, manifest)
+        self._note_private(digest)
         return Grant(private=True)
 
     async def _check_public(self, name: Name, digest: Digest, asker: Asker, manifest: bool | None) -> None:
         """What is public in one registry by configuration may be private where this node has it from."""
-        if self._held(digest):
+        if self._is_private(digest):
             await self._require(name, digest, asker, manifest)
 
     async def _anybody_may(self, name: Name, digest: Digest, asker: Asker, manifest: bool | None) -> bool:
@@ -135,8 +141,9 @@ class Authorizer:
         except OriginUnreachable as error:
             return self._without_registry(name, digest, error)
         self._closed.pop(name, None)
-        if self._held(digest):
-            self._require_trust(name)
+        if not self._registries.trusts(name.registry) and self._is_private(digest):
+            # Private content is opened by a registry that is listed; any other could say yes to everything.
+            raise NotFoundAtOrigin(f"{name} is not listed in mirror.registries, so it cannot open what is private elsewhere")
         return True
 
     def _without_registry(self, name: Name, digest: Digest, error: OriginError) -> bool:
@@ -146,7 +153,7 @@ class Authorizer:
             return True
         if name in self._closed:
             return False
-        if self._held(digest):
+        if self._is_private(digest):
             raise self._unknown(name, error)
         log.debug("registry not asked for rights", name=str(name), reason=str(error))
         return True
@@ -167,10 +174,15 @@ class Authorizer:
         ask: Callable[[], Awaitable[None]] = lambda: self._registries.may_read(name, digest, asker, manifest=manifest)  # noqa: E731
         await self._flights.share((name, digest, asker.tag), ask)
 
-    def _require_trust(self, name: Name) -> None:
-        """Private content is opened by a registry that is listed; any other could say yes to everything."""
-        if not self._registries.trusts(name.registry):
-            raise NotFoundAtOrigin(f"{name} is not listed in mirror.registries, so it cannot open what is private elsewhere")
+    def _is_private(self, digest: Digest) -> bool:
+        """Whether this node has it as private, or is about to: what somebody was granted counts before it is in the store."""
+        return digest in self._private or bool(self._held(digest))
+
+    def _note_private(self, digest: Digest) -> None:
+        self._private[digest] = None
+        self._private.move_to_end(digest)
+        while len(self._private) > MAX_PRIVATE:
+            self._private.popitem(last=False)
 
     def _note_closed(self, name: Name) -> None:
         self._closed[name] = trio.current_time() + CLOSED_SECONDS

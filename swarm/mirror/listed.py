@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -15,22 +16,23 @@ from swarm.config import MirrorSettings, RegistrySettings
 from swarm.egress import Reach, Rule
 from swarm.mirror.paths import DOCKER_HUB, Name, parse_registry
 
-WELL_KNOWN: Final = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"docker\.io",
-        r"ghcr\.io",
-        r"quay\.io",
-        r"([a-z]+\.)?gcr\.io",
-        r"[a-z0-9-]+\.pkg\.dev",
-        r"registry\.k8s\.io",
-        r"mcr\.microsoft\.com",
-        r"[a-z0-9]+\.azurecr\.io",
-        r"public\.ecr\.aws",
-        r"[0-9]{12}\.dkr\.ecr(-fips)?\.[a-z0-9-]+\.amazonaws\.com(\.cn)?",
-        r"registry\.gitlab\.com",
-        r"nvcr\.io",
-        r"registry\.(access\.)?redhat\.(io|com)",
+WELL_KNOWN: Final = re.compile(
+    "|".join(
+        (
+            r"docker\.io",
+            r"ghcr\.io",
+            r"quay\.io",
+            r"([a-z]+\.)?gcr\.io",
+            r"[a-z0-9-]+\.pkg\.dev",
+            r"registry\.k8s\.io",
+            r"mcr\.microsoft\.com",
+            r"[a-z0-9]+\.azurecr\.io",
+            r"public\.ecr\.aws",
+            r"[0-9]{12}\.dkr\.ecr(-fips)?\.[a-z0-9-]+\.amazonaws\.com(\.cn)?",
+            r"registry\.gitlab\.com",
+            r"nvcr\.io",
+            r"registry\.(access\.)?redhat\.(io|com)",
+        )
     )
 )
 """Public registries that serve many owners and let none of them answer for it: as good as listed."""
@@ -106,7 +108,7 @@ class Listed:
 
     def is_trusted(self, registry: str) -> bool:
         """Whether it is believed about who may read what is private."""
-        return self.is_listed(registry) or any(pattern.fullmatch(registry) for pattern in WELL_KNOWN)
+        return self.is_listed(registry) or is_well_known(registry)
 
     def settings(self, registry: str) -> RegistrySettings:
         """What is set for it: in its own table, else in that of the longest `*.domain` that fits."""
@@ -117,9 +119,7 @@ class Listed:
 
     def endpoint(self, registry: str) -> Endpoint:
         """Where it answers: https and its own name, unless something else is said."""
-        url = self.settings(registry).endpoint or ENDPOINTS.get(registry) or f"https://{registry}"
-        parts = urlsplit(url)
-        return Endpoint(parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        return _endpoint(self.settings(registry).endpoint or ENDPOINTS.get(registry) or f"https://{registry}")
 
     def rights(self, name: Name) -> str:
         """`auto`, `public`, `verify` or `never`: of the longest repository pattern that fits, the registry, or in general."""
@@ -147,6 +147,11 @@ class Listed:
         return place in {_place(host, scheme) for host in hosts} and (scheme == "https" or endpoint.scheme == "http")
 
 
+@lru_cache(maxsize=1024)
+def is_well_known(registry: str) -> bool:
+    return WELL_KNOWN.fullmatch(registry) is not None
+
+
 def egress_rule(settings: MirrorSettings) -> Rule:
     """How far requests for clients of the mirror reach: private addresses where a registry or its token server is listed.
 
@@ -154,6 +159,12 @@ def egress_rule(settings: MirrorSettings) -> Rule:
     """
     listed = Listed.read(settings)
     return lambda host, port, redirected: Reach.LOCAL if listed.is_local(host, port) else Reach.PUBLIC
+
+
+@lru_cache(maxsize=1024)
+def _endpoint(url: str) -> Endpoint:
+    parts = urlsplit(url)
+    return Endpoint(parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
 
 
 def _canonical(name: str) -> str:

@@ -203,6 +203,20 @@ def test_a_registry_nobody_listed_cannot_open_what_is_private_elsewhere(tmp_path
     run(web, main, settings_of(rights=mode), ca=authority_file(tmp_path))
 
 
+def test_what_was_just_granted_counts_as_private_before_it_is_in_the_store(tmp_path) -> None:
+    """Between the yes to one client and the first piece in the store another one could come by way of a liar."""
+    fake, layer, _ = registry("basic")
+    evil = says_yes("evil.example")
+    web = behind_tls(web_of(fake, evil, port=443), tmp_path, "evil.example", REGISTRY)
+
+    async def main(mirror: Mirror) -> None:
+        assert await mirror.authorizer.check(Name("evil.example", "a"), layer, None) == Grant(private=False)
+        await mirror.authorizer.check(PRIVATE, layer, ALICE)
+        await refused(mirror, Name("evil.example", "a"), layer, None, NotFoundAtOrigin)
+
+    run(web, main, settings_of(listed(endpoint="")), ca=authority_file(tmp_path))
+
+
 def test_a_registry_nobody_listed_sees_no_credentials_and_asks_for_none(tmp_path) -> None:
     fake = FakeRegistry("basic", host="evil.example")
     _, [layer] = fake.push("team/private", "v1", LAYER, readers={"alice"})
