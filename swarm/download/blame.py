@@ -116,8 +116,9 @@ class Blame:
         if not by_signer or active.source is None:
             active.stored.drop_pieces(range(active.geometry.piece_count))
             culprit = "the origin has" if not by_signer else "members of the swarm sent"
+            hint = "check --digest and the URL" if not by_signer else "give its URL, to read it from there"
             raise DigestMismatch(
-                f"the content is {digest}, not {active.task.digest}: {culprit} other content than was asked for"
+                f"the content is {digest}, not {active.task.digest}: {culprit} other content than was asked for; {hint}"
             )
         wrong: list[int] = []
         if not active.strict:

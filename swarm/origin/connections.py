@@ -399,7 +399,7 @@ def _translated(target: Target, failure: type[OriginUnreachable]) -> Iterator[No
 
     def failed(what: str, cause: Cause) -> OriginUnreachable:
         message = f"{target.authority}: {what}"
-        return AttemptFailed(message, cause) if failure is AttemptFailed else OriginUnreachable(message)
+        return AttemptFailed(message, cause) if failure is AttemptFailed else OriginUnreachable(f"{message}; try again later")
 
     try:
         yield

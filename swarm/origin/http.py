@@ -477,7 +477,7 @@ def _failure(name: str, answer: Exchange) -> OriginError:
 
 def _given_up(failure: AttemptFailed, retries: Retries) -> str:
     tries = f" ({retries.failures} attempts)" if retries.failures > 1 else ""
-    wait = f"; it asks to wait {failure.retry_after:.0f} s" if failure.retry_after else ""
+    wait = f"; it asks to wait {failure.retry_after:.0f} s" if failure.retry_after else "; try again later"
     return f"{failure}{tries}{wait}"
 
 
@@ -487,6 +487,6 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except ContentChanged as error:
-        raise ContentChanged(f"{name}: {error}") from error
+        raise ContentChanged(f"{name}: {error}; fetch it again, or say which version with --digest") from error
     except OriginError as error:
         raise OriginError(f"{name}: {error}") from error
