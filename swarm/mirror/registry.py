@@ -298,6 +298,10 @@ class Registries:
         except TokenRefused as error:
             log.debug("registry refused", name=str(name), reason=str(error))
             return Answer(401, {})
+        except NotPermitted as error:
+            if self._listed.is_listed(name.registry):
+                raise
+            raise NotPermitted(f"{error}, or, if it is a registry of yours, {name.registry} in mirror.registries") from error
         if answer.status in (401, 403) and asker.own:
             log.info("registry refuses this node's credentials", name=str(name), status=answer.status)
         return answer

@@ -240,7 +240,7 @@ def test_a_registry_nobody_listed_on_an_address_that_is_not_public_is_not_dialle
     async def main(mirror: Mirror) -> None:
         assert mirror.registries.allowed(name.registry)
         for registry in (name, Name(f"[{address}]" if ":" in address else address, "team/app")):
-            with pytest.raises(NotPermitted):
+            with pytest.raises(NotPermitted, match=r"in mirror\.registries"):
                 await mirror.registries.head_manifest(registry, "v1", None)
 
     run(web, main, settings_of())
