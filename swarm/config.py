@@ -279,11 +279,17 @@ class MirrorSettings:
     clients: int = setting(2048, "Most connections at one time; what comes beyond is answered 503.", at_least=1, at_most=65536)
     answer_timeout: float = setting(
         8.0,
-        "An answer that has not begun by then is given up with 504, so that the client asks the registry itself; a body that "
-        "stands still for so long is cut.",
+        "An answer that has not begun by then is given up with 504, so that the client asks the registry itself.",
         unit="duration",
         at_least=0.5,
         at_most=300,
+    )
+    body_timeout: float = setting(
+        30.0,
+        "A blob of which no further byte came for so long is cut. The swarm takes seconds to notice that a holder is gone.",
+        unit="duration",
+        at_least=0.5,
+        at_most=3600,
     )
     tag_cache: float = setting(
         10.0,

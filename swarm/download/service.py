@@ -1045,7 +1045,9 @@ class DownloadService:
         stored = self._parts.store.open(task_id)
         if stored is None:
             return None
-        if stored.private or not stored.complete:
+        # Private content stays in the closed network it was shared in, and goes to members that have it as private too.
+        unshared = stored.private and (self._parts.membership.is_open or not stored.task.shared)
+        if unshared or not stored.complete:
             stored.close()
             return None
         active = self._make_active(Task(task_id, digest=stored.digest), stored, None, None)

@@ -118,7 +118,7 @@ class MirrorServer:
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         reader = RequestReader()
-        sender = Sender(stream, reader, self._service, self._settings.answer_timeout)
+        sender = Sender(stream, reader, self._service, self._settings.body_timeout)
         client = str(stream.socket.getpeername()[0])
         while True:
             try:

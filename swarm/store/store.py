@@ -283,7 +283,9 @@ class TaskStore(ABC):
         """The name, or one for the time being if this is the blob of content fetched under other names."""
         name = content.names.get(task_id)
         if name is None:
-            name = Name(Task(task_id, digest=content.digest), content.private, "", "", False, content.created)
+            # What is private under every name of its own is not shared under its digest either.
+            task = Task(task_id, digest=content.digest, shared=not content.private)
+            name = Name(task, content.private, "", "", False, content.created)
         return name
 
     def _add_name(self, content: Content, name: Name) -> None:

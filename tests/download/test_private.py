@@ -8,8 +8,9 @@ import pytest
 import trio
 
 from swarm import wire
+from swarm.download.service import COMPANY_SECONDS
 from swarm.edges import FileSlice, Source, State
-from swarm.task import Task, url_task
+from swarm.task import Task, blob_task, url_task
 from tests.download.scene import URL, Scene, play, runs
 
 COUNT = 8
@@ -112,6 +113,31 @@ async def test_a_node_that_changes_its_mind_about_private_content_gets_no_more_o
         peer.say(wire.Join(task.id, geometry.length, geometry.piece_length, held=bytes(1), private=True), last)
         asked = wire.Request(1, task.id, 0, 0, geometry.size(0))
         assert scene.service.serve(peer.node_id, asked, encrypted=True) == wire.REFUSED
+
+
+@runs(is_open=False)
+async def test_what_was_shared_privately_is_still_there_for_those_with_a_right_after_its_download(scene: Scene) -> None:
+    await shared_privately(scene, digest=scene.content.digest)
+    await trio.sleep(2 * COMPANY_SECONDS)
+    assert not scene.service.activity()
+    assert ask_for(scene, scene.task, encrypted=True, private=False) == wire.REFUSED
+    assert ask_for(scene, scene.task, encrypted=False, private=True) == wire.REFUSED
+    assert ask_for(scene, scene.task, encrypted=True, private=True) == "served"
+
+
+@runs(is_open=False)
+async def test_what_one_user_alone_may_read_goes_to_nobody_who_calls_it_private_by_its_digest(scene: Scene) -> None:
+    """Private under the URL it was fetched from, and not shared: its digest is no way around that."""
+    url = scene.as_url()
+    fetch = scene.fetch(scene.request(source=Source(URL, CREDENTIALS)))
+    await fetch.outcome()
+    assert url.id not in scene.discovery.announced
+    scene.task = blob_task(scene.content.digest)
+    await trio.sleep(2 * COMPANY_SECONDS)
+    with scene.store.open(scene.task.id) as found:  # type: ignore[union-attr]
+        assert found.complete, "it is here, by its digest too"
+    for private in (True, False):
+        assert ask_for(scene, scene.task, encrypted=True, private=private) == wire.NOT_HELD
 
 
 @runs(is_open=False)
