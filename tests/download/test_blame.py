@@ -62,6 +62,20 @@ async def test_a_banned_sender_is_not_linked_again_until_its_time_is_over(scene:
     assert not liar.dropped
 
 
+@runs()
+async def test_a_banned_sender_whose_link_is_slow_to_close_does_not_join_again(scene: Scene) -> None:
+    liar = scene.peer().takes_part()
+    liar.sends = lambda asked: liar.deliver(asked, bytes(MIN_PIECE_BYTES), liar.prove(asked.piece, b""))
+    liar.drop = lambda reason: None  # type: ignore[method-assign]
+    scene.fetch(scene.request(no_origin=True))
+    await trio.sleep(1)
+    asked = len(liar.asked)
+    liar.join()
+    assert liar.violation == "banned"
+    await trio.sleep(1)
+    assert len(liar.asked) == asked
+
+
 WRONG_HEADERS: dict[str, Callable[[Peer, int, bytes], tuple[bytes, wire.Signed | None]]] = {
     "no proof": lambda _peer, _piece, data: (data, None),
     "too short": lambda peer, piece, data: (data[:-1], peer.prove(piece, data[:-1])),
