@@ -145,8 +145,10 @@ class Reader:
         if self._stored.held[piece]:
             await active.awaited(WHOLE_CHECKED).wait()
             return
+        first = piece not in active.blocked
         event = active.awaited(piece)
-        prioritise(active)
+        if first:
+            prioritise(active)
         await event.wait()
 
     def _lost(self, lost: list[int]) -> None:

@@ -152,12 +152,12 @@ class Resolver:
         """Whether the registry answered lately."""
         return self._alive.get(registry, -ALIVE_SECONDS) + ALIVE_SECONDS > trio.current_time()
 
-    def read_ahead(self, name: Name, info: ManifestInfo, grant: Grant, client: ClientCredentials | None) -> None:
+    def read_ahead(self, name: Name, info: ManifestInfo, client: ClientCredentials | None) -> None:
         """A client that asked what a tag stands for asks for that next."""
         if info.digest not in self._kept and self._preparing < MAX_PREPARING:
             child = Child(info.digest, info.length, info.media_type)
             self.catalogue.note_children(Contents(info.media_type, (child,)))
-            self._nursery.start_soon(self._read_ahead, name, child, grant, client)
+            self._aside(partial(self._read_ahead, name, child, client))
 
     def _note_alive(self, registry: str) -> None:
         self._alive[registry] = trio.current_time()
@@ -180,7 +180,7 @@ class Resolver:
         """
         manifest = await self._body(name, digest, grant, client)
         await self._require_deliverable(name, manifest, client)
-        self._prepare(name, manifest, grant, client)
+        self._prepare(name, manifest, client)
         return manifest
 
     async def _body(self, name: Name, digest: Digest, grant: Grant, client: ClientCredentials | None) -> Manifest:
@@ -313,7 +313,7 @@ class Resolver:
 
     # --- ahead of the client ---
 
-    def _prepare(self, name: Name, manifest: Manifest, grant: Grant, client: ClientCredentials | None) -> None:
+    def _prepare(self, name: Name, manifest: Manifest, client: ClientCredentials | None) -> None:
         """Look up what the client will ask for next, all at once instead of one by one."""
         contents, now = manifest.contents, trio.current_time()
         if self._preparing >= MAX_PREPARING or self._prepared.get(manifest.digest, -PREPARED_SECONDS) + PREPARED_SECONDS > now:
@@ -324,11 +324,26 @@ class Resolver:
         if contents.manifests:
             ahead = [c for c in _for_this_machine(contents.manifests)[:1] if c.digest not in self._kept]
             for child in ahead:
-                self._nursery.start_soon(self._read_ahead, name, child, grant, client)
+                self._aside(partial(self._read_ahead, name, child, client))
         else:
             missing = self._missing(contents)
             if missing:
-                self._nursery.start_soon(self._prepare_children, name, missing, client)
+                self._aside(partial(self._prepare_children, name, missing, client))
+
+    def _aside(self, look_up: Callable[[], Awaitable[None]]) -> None:
+        """Do it beside the answer, for a bounded time; a bug met here costs this look-up, not the mirror."""
+
+        async def guarded() -> None:
+            self._preparing += 1
+            try:
+                with trio.move_on_after(PREPARED_SECONDS):
+                    await look_up()
+            except Exception:
+                log.exception("mirror_look_up_failed")
+            finally:
+                self._preparing -= 1
+
+        self._nursery.start_soon(guarded)
 
     async def _prepare_children(self, name: Name, missing: list[Child], client: ClientCredentials | None) -> None:
         """Find their holders, and out whether the client may read them, so that neither waits until it asks."""
@@ -341,28 +356,19 @@ class Resolver:
                 except SwarmError as error:
                     log.debug("mirror_not_granted_ahead", image=str(name), digest=str(child.digest), reason=str(error))
 
-        self._preparing += 1
-        try:
-            with trio.move_on_after(PREPARED_SECONDS):
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._meet, missing, [])
-                    for child in missing:
-                        nursery.start_soon(ask, child)
-        finally:
-            self._preparing -= 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._meet, missing, [])
+            for child in missing:
+                nursery.start_soon(ask, child)
 
-    async def _read_ahead(self, name: Name, child: Child, grant: Grant, client: ClientCredentials | None) -> None:
+    async def _read_ahead(self, name: Name, child: Child, client: ClientCredentials | None) -> None:
         """The manifest of this machine's platform: the client of a mirror on loopback asks for it next."""
-        self._preparing += 1
         try:
-            with trio.move_on_after(PREPARED_SECONDS):
-                grant = await self._authorizer.check(name, child.digest, client, manifest=True)
-                manifest = await self._body(name, child.digest, grant, client)
-                self._prepare(name, manifest, grant, client)
+            grant = await self._authorizer.check(name, child.digest, client, manifest=True)
+            manifest = await self._body(name, child.digest, grant, client)
+            self._prepare(name, manifest, client)
         except SwarmError as error:
             log.debug("mirror_read_ahead_failed", image=str(name), digest=str(child.digest), reason=str(error))
-        finally:
-            self._preparing -= 1
 
 
 def _for_this_machine(children: tuple[Child, ...]) -> list[Child]:

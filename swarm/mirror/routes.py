@@ -159,7 +159,7 @@ class Routes:
     async def _route(self, request: Request, target: Target) -> Answer:
         name = target.name
         if name is None:
-            return _base()
+            return _base(request)
         if not self._registries.allowed(name.registry):
             raise MirrorError(
                 403, "DENIED", f"{name.registry} is not among the registries of this mirror; see mirror.registries"
@@ -175,7 +175,7 @@ class Routes:
             case Kind.TAGS | Kind.REFERRERS:
                 return await self._pass_through(request, target, name, client)
             case Kind.BASE:
-                return _base()
+                return _base(request)
             case _:
                 assert_never(target.kind)
 
@@ -189,7 +189,7 @@ class Routes:
             digest = info.digest
         grant = await self._authorizer.check(name, digest, client, manifest=True)
         if request.method == "HEAD" and info is not None and self._resolver.is_alive(name.registry):
-            self._resolver.read_ahead(name, info, grant, client)
+            self._resolver.read_ahead(name, info, client)
             media_type, length, body = info.media_type, info.length, b""
         else:
             manifest = await self._resolver.manifest(name, digest, grant, client)
@@ -314,8 +314,16 @@ def _identity(digest: Digest) -> list[tuple[str, str]]:
     return [("Docker-Content-Digest", str(digest)), ("ETag", etag(digest))]
 
 
-def _base() -> Answer:
-    return Answer(200, [("Content-Type", "application/json")], b"{}", 2)
+def _base(request: Request) -> Answer:
+    """That this is a registry.
+
+    podman, skopeo and CRI-O, which alone send the header asked for here, show their credentials for the whole pull only to
+    who asks for them now, before anybody knows which registry is meant.  Without any they send an empty name and password.
+    """
+    headers = [("Content-Type", "application/json")]
+    if request.header("docker-distribution-api-version") is None or request.header("authorization") is not None:
+        return Answer(200, headers, b"{}", 2)
+    return Answer(401, [*headers, ("WWW-Authenticate", 'Basic realm="registry"')], b"{}", 2)
 
 
 def _is_bounded(range_untrusted: str) -> bool:

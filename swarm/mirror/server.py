@@ -108,8 +108,8 @@ class MirrorServer:
         self._tally.clients += 1
         try:
             await self._converse(stream)
-        except ClientGone:
-            pass
+        except (ClientGone, OSError, trio.BrokenResourceError):
+            log.debug("mirror_client_gone")
         except Exception:  # the one per connection: a bug met by one client must not end the node for all
             log.exception("mirror_connection_failed")
         finally:

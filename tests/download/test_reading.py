@@ -135,6 +135,21 @@ def test_a_second_range_goes_on_where_the_first_one_ended() -> None:
     play(main, content=content)
 
 
+def test_a_fetch_after_a_range_has_everything() -> None:
+    content = Content(6)
+
+    async def main(scene: Scene) -> None:
+        reader = await scene.service.read(request(content), lambda _length: (10, 20), prefix=False)
+        await reader.wait()
+        fetched, stored = await scene.service.fetch(request(content))
+        assert (fetched.digest, stored.read(0, len(content.bytes))) == (content.digest, content.bytes)
+        stored.close()
+        reader.close()
+        assert sorted(scene.origin.pieces_read) == list(range(6))
+
+    play(main, content=content)
+
+
 def test_the_last_bytes_of_a_range_need_no_digest() -> None:
     """What lazy loaders read first is the end."""
     content = Content(6)

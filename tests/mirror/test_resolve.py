@@ -445,3 +445,18 @@ async def test_no_blob_is_read_before_somebody_asks_for_it(bench: Bench) -> None
     await bench.pull(digest)
     await trio.sleep(30)
     assert digest_of(b"layer" * 1000) not in bench.registry.sent
+
+
+@runs()
+async def test_a_bug_in_a_look_up_ahead_costs_the_client_nothing(bench: Bench) -> None:
+    digest = bench.registry.image(b"layer")
+
+    async def break_(digest: Digest) -> bool:
+        raise ZeroDivisionError
+
+    bench.service.meet_holders = break_  # type: ignore[method-assign]
+    with structlog.testing.capture_logs() as lines:
+        assert (await bench.pull(digest)).digest == digest
+        await trio.sleep(1)
+    assert [line["event"] for line in lines if line["log_level"] == "error"] == ["mirror_look_up_failed"]
+    assert (await bench.pull(digest)).digest == digest

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import struct
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,18 @@ def test_a_client_that_drips_its_request_is_let_go(monkeypatch: pytest.MonkeyPat
         assert got.startswith(b"HTTP/1.1 408")
 
     play(script)
+
+
+@runs()
+async def test_clients_that_reset_their_connections_leave_no_errors_in_the_log(desk: Desk) -> None:
+    with structlog.testing.capture_logs() as lines:
+        for data in (b"", b"GET /v2/ HT", f"GET {desk.manifest('v1')} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()) * 5:
+            client = await desk.connect()
+            client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await client.stream.send_all(data)
+            await trio.aclose_forcefully(client.stream)
+        await trio.sleep(0.1)
+    assert not [line for line in lines if line["log_level"] in ("error", "warning")]
 
 
 def test_a_connection_without_a_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,3 +528,14 @@ async def test_clients_cannot_make_rows_of_counters(desk: Desk) -> None:
     for number in range(100):
         await desk.get(f"/v2/a/manifests/v1?ns=r{number}.example")
     assert {registry for registry, _, _ in desk.tally.answers} == {"others"}
+
+
+@runs()
+async def test_a_client_that_waits_to_be_asked_shows_its_credentials_at_the_base(desk: Desk) -> None:
+    """podman, CRI-O and skopeo answer a challenge here or none; containerd and Docker must not be held up by one."""
+    asks = ("Docker-Distribution-Api-Version", "registry/2.0")
+    asked = await desk.get("/v2/", asks)
+    assert (asked.status, asked.headers["www-authenticate"]) == (401, 'Basic realm="registry"')
+    assert (await desk.get("/v2/", asks, ("Authorization", "Basic Og=="))).status == 200
+    plain = await desk.get("/v2/")
+    assert (plain.status, plain.headers.get("www-authenticate")) == (200, None)
