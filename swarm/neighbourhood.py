@@ -25,8 +25,12 @@ WANTED: Final = 24
 AT_ONCE: Final = 4
 """Dials at a time: a rollout that starts a thousand nodes at once is to set up links in minutes, not in a second."""
 
+FIRST_LOOK: Final = 1.0
 LOOK_AGAIN: Final = 5.0
-"""Seconds between looks while links are lacking; soon after start there are no contacts yet."""
+"""Seconds to the first look, and between looks while links are lacking: soon after start there are few contacts yet, so the
+pauses grow from the first to the second."""
+
+PAUSE_GROWTH: Final = 1.5
 
 CONTENT: Final = 60.0
 """Seconds between looks while there are enough."""
@@ -57,11 +61,11 @@ class Neighbourhood:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Dial now and then, until cancelled."""
         task_status.started()
-        first = True
+        pause = FIRST_LOOK
         while True:
-            await trio.sleep((1.0 if first else LOOK_AGAIN) * self._rng.uniform(0.5, 1.0))
-            await self._dial(self.lacking(own_turn=first))
-            first = False
+            await trio.sleep(pause * self._rng.uniform(0.5, 1.0))
+            await self._dial(self.lacking(own_turn=pause == FIRST_LOOK))
+            pause = min(LOOK_AGAIN, pause * PAUSE_GROWTH)
             if len(self._network.links()) >= self._wanted:
                 await trio.sleep(CONTENT * self._rng.uniform(0.5, 1.0))
 

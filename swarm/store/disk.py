@@ -10,11 +10,12 @@ from __future__ import annotations
 import errno
 import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Final, TypeVar, TypeVarTuple, Unpack, cast
+from typing import TYPE_CHECKING, Final, TypeVar, TypeVarTuple, Unpack, cast
 
 import structlog
 import trio
@@ -26,6 +27,9 @@ from swarm.store.content import Content
 from swarm.store.records import SqliteRecords
 from swarm.store.store import TaskStore
 from swarm.task import MIB, Digest
+
+if TYPE_CHECKING:
+    import ctypes
 
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
@@ -352,6 +356,9 @@ class DiskStore(TaskStore):
         self._lock.release()
 
 
+TMPFS_MAGIC: Final = 0x01021994
+
+
 def _make_directory(path: Path) -> None:
     try:
         path.mkdir(mode=0o700, exist_ok=True)
@@ -378,7 +385,8 @@ def _make_file(path: Path, length: int) -> bool:
 
 
 def _fallocate(fd: int, length: int) -> bool:
-    """Reserve the blocks; `False` where the file system cannot.
+    """Reserve the blocks; `False` where the file system cannot, or only by zeroing memory, which would all be
+    done before the first byte is asked for.
 
     Not `os.posix_fallocate`: where the file system cannot, the C library writes to every block instead, which for
     a large file takes minutes.
@@ -387,8 +395,9 @@ def _fallocate(fd: int, length: int) -> bool:
 
     if length == 0:
         return True
-    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if call is None or ctypes.sizeof(ctypes.c_long) < 8:
+    library = ctypes.CDLL(None, use_errno=True)
+    call = getattr(library, "fallocate", None)
+    if call is None or ctypes.sizeof(ctypes.c_long) < 8 or _is_memory(library, fd):
         return False
     while call(fd, 0, ctypes.c_long(0), ctypes.c_long(length)) != 0:
         code = ctypes.get_errno()
@@ -397,6 +406,15 @@ def _fallocate(fd: int, length: int) -> bool:
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
     return True
+
+
+def _is_memory(library: ctypes.CDLL, fd: int) -> bool:
+    """Whether the file is in a tmpfs: the type is the first field of what fstatfs(2) fills in."""
+    import ctypes
+
+    call = getattr(library, "fstatfs", None)
+    filled = ctypes.create_string_buffer(512)
+    return call is not None and call(fd, filled) == 0 and int.from_bytes(filled.raw[:4], sys.byteorder) == TMPFS_MAGIC
 
 
 def _sync_file(fd: int, tasks_dir: Path, file: str) -> None:

@@ -17,7 +17,7 @@ from typing import IO, Any, Final
 
 from tests.benchmarks.report import Run
 from tests.benchmarks.torrent import make
-from tests.system.cluster import Cluster, Fetched, clean_environment, hosts_dir, same
+from tests.system.cluster import LINKED, Cluster, Fetched, clean_environment, hosts_dir, same
 from tests.system.hosts import Hosts, Traffic, make_directory
 from tests.system.origin import MIB, File, NginxOrigin
 from tests.system.processes import Ended, Prepared, cpu_seconds, last_done, prepare, spread, start_together, wait
@@ -152,7 +152,7 @@ def at_once(setting: Setting, seed: int) -> Run:
     """All hosts fetch at the same moment; their daemons are up."""
     with laid_out(setting, seed) as (hosts, origin, file), Cluster(hosts) as cluster:
         cluster.start_all()
-        cluster.settle()
+        cluster.settle(LINKED)
         measured = Measured.begin(cluster, origin)
         options = ["--hard-link"] if setting.hard_link else []
         fetched = cluster.fetch_all(origin.url(file.name), *options, timeout=setting.timeout)
@@ -163,7 +163,7 @@ def joining(setting: Setting, seed: int, *, every: float) -> Run:
     """One host after the other begins to fetch, `every` so many seconds."""
     with laid_out(setting, seed) as (hosts, origin, file), Cluster(hosts) as cluster:
         cluster.start_all()
-        cluster.settle()
+        cluster.settle(LINKED)
         measured = Measured.begin(cluster, origin)
         fetches = [cluster.fetch(host, origin.url(file.name)) for host in hosts.each()]
         prepare([it.prepared for it in fetches])
@@ -178,7 +178,7 @@ def killed(setting: Setting, seed: int, *, victims: int) -> Run:
     """In the middle, some hosts die: daemon and command get SIGKILL."""
     with laid_out(setting, seed) as (hosts, origin, file), Cluster(hosts) as cluster:
         cluster.start_all()
-        cluster.settle()
+        cluster.settle(LINKED)
         measured = Measured.begin(cluster, origin)
         fetches = [cluster.fetch(host, origin.url(file.name)) for host in hosts.each()]
         dying = random.Random(seed).sample(range(1, setting.hosts + 1), victims)
@@ -200,7 +200,7 @@ def alone(setting: Setting, seed: int) -> Run:
     with laid_out(setting, seed) as (hosts, origin, file), Cluster(hosts) as cluster:
         curl = _curl(hosts, [1], origin.url(file.name), cluster.root, setting.timeout)
         cluster.start_all()
-        cluster.settle()
+        cluster.settle(LINKED)
         measured = Measured.begin(cluster, origin)
         fetched = cluster.fetch_all(origin.url(file.name), timeout=setting.timeout)
         found = measured.run(fetched, file, must=[1])
@@ -215,7 +215,7 @@ def again(setting: Setting, seed: int) -> Run:
         cluster.start_all()
         url = origin.url(file.name)
         check([cluster.fetch_one(1, url, timeout=setting.timeout, name="first")], file)
-        cluster.settle()
+        cluster.settle(LINKED)
         origin.forget()
         by_url = cluster.fetch_one(1, url, timeout=setting.timeout, name="second")
         heads = len(origin.requests())

@@ -9,6 +9,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -684,6 +685,20 @@ def test_the_room_is_really_reserved(tmp_path: Path) -> None:
             (await complete(store, material.url, material)).close()
 
     run(main)
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs a file system in memory at /dev/shm")
+def test_a_file_system_in_memory_is_not_filled_with_zeros_first() -> None:
+    async def main(path: Path) -> None:
+        from swarm.task import Geometry
+
+        with disk_store(path / "store") as store:
+            large = url_task("http://x/large")
+            with await store.create(large, Geometry.of(64 * MIB)) as _:  # type: ignore[attr-defined]
+                assert file_of(store, large.id).stat().st_blocks == 0
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        run(lambda: main(Path(path)))
 
 
 def test_a_data_base_that_cannot_grow_fails_the_completion_and_recovers(tmp_path: Path) -> None:

@@ -35,6 +35,10 @@ def hosts_dir() -> Path:
     return Path(os.environ.get("BENCH_HOSTS_DIR", "/dev/shm"))
 
 
+LINKED: Final = 5.0
+"""Seconds of calm after which daemons that started together are connected as in a cluster that has been up for a while."""
+
+
 def clean_environment() -> dict[str, str]:
     """What a daemon on a bare host sees: no setting of whoever runs the tests reaches it."""
     kept = ("PATH", "HOME", "LANG", "PYTHONPATH")
@@ -269,15 +273,19 @@ class Cluster:
         for host in chosen[1:]:
             self.daemons[host].wait_ready()
 
-    def settle(self, timeout: float = 20) -> None:
-        """Wait until the daemons' start-up work is over: together they use under a tenth of a core."""
+    def settle(self, calm: float = 0.5, timeout: float = 20) -> None:
+        """Wait until the daemons' start-up work is over: for `calm` seconds all together use under a tenth of a core.
+
+        They pause up to `LINKED` seconds between looks for one another.
+        """
         deadline = time.monotonic() + timeout
+        calm_since = time.monotonic()
         before = self.cpu()
-        while time.monotonic() < deadline:
+        while time.monotonic() < min(deadline, calm_since + calm):
             time.sleep(0.5)
             now = self.cpu()
-            if now - before < 0.05:
-                return
+            if now - before >= 0.05:
+                calm_since = time.monotonic()
             before = now
 
     def cpu(self) -> float:
