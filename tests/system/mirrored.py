@@ -124,6 +124,7 @@ def mirrored(
     more: str = "",
     options: Sequence[str] = (),
     hub: bool = False,
+    listed: bool = True,
     **of_registry: object,
 ) -> Iterator[Mirrored]:
     """`number` hosts with a registry in host 0; no daemon and no client runs yet.
@@ -132,6 +133,7 @@ def mirrored(
         rate: Of every link, in the words of `tc`.
         more: Further settings of the daemons, as TOML before the registry's table.
         hub: The registry is Docker Hub too.
+        listed: `False`: no setting names the registry, whose address is private.
         of_registry: Settings of the registry's table.
     """
     with ExitStack() as stack:
@@ -141,7 +143,7 @@ def mirrored(
         stack.callback(shutil.rmtree, work, ignore_errors=True)
         config = work / "swarm.toml"
         table = f'[mirror.registry."docker.io"]\nendpoint = "{registry.base}"\n' if hub else ""
-        config.write_text(settings(registry, more, **of_registry) + table)
+        config.write_text((settings(registry, more, **of_registry) if listed else more) + table)
         all_options = ["--config", str(config), "--mirror", MIRROR, *options]
         cluster = stack.enter_context(Cluster(hosts, network=dict(network) if network else None, options=all_options))
         if rate is not None:

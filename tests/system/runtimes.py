@@ -322,6 +322,11 @@ class Podman:
         policy = f"--signature-policy={self.directory}/policy.json"
         return self._place.pull(self._command("pull", "-q", policy, *options, reference), timeout, self.environment())
 
+    def log_in(self, where: str, user: str, password: str) -> Pulled:
+        """`podman login` as the page about podman has it."""
+        argv = self._command("login", "--tls-verify=false", "-u", user, "-p", password, where)
+        return self._place.pull(argv, TIMEOUT, self.environment())
+
 
 class Skopeo:
     """skopeo, which copies an image into a directory.
