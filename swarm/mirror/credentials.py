@@ -39,7 +39,9 @@ MAX_HEADER_CHARACTERS: Final = 12 * 1024
 MAX_CONFIG_BYTES: Final = 1024 * 1024
 MAX_PASSWORD_BYTES: Final = 16 * 1024
 
-HELPER_SECONDS: Final = 10.0
+HELPER_SECONDS: Final = 6.0
+"""Longest run of a helper: some start an interpreter and ask a cloud, and clients of the mirror wait for 8 s."""
+
 HELPER_OUTPUT_BYTES: Final = 64 * 1024
 HELPER_CACHE_SECONDS: Final = 300.0
 """Helpers for clouds call their cloud; what they give is good for hours."""
@@ -217,7 +219,9 @@ class OwnCredentials:
             return known[0]
 
         async def ask() -> Credential | None:
-            found = await self._run(helper, _server_of(registry))
+            # Whoever asked may give up before a slow helper is done; the next one is to find what it said.
+            with trio.CancelScope(shield=True):
+                found = await self._run(helper, _server_of(registry))
             self._helped[key] = (found, trio.current_time() + HELPER_CACHE_SECONDS)
             while len(self._helped) > 256:
                 self._helped.pop(next(iter(self._helped)))

@@ -17,6 +17,7 @@ from swarm.errors import (
     OriginRefused,
     OriginUnreachable,
 )
+from swarm.mirror.credentials import Basic
 from swarm.mirror.edges import MirrorDenied, MirrorError
 from swarm.mirror.paths import ClientCredentials, Name
 from swarm.task import Digest
@@ -530,6 +531,25 @@ def test_a_realm_elsewhere_gets_none_of_this_nodes_credentials_either(tmp_path: 
 
     run(web, main, settings_of(listed(username="alice", password_file=password)))
     assert [asked.headers.get("authorization") for asked in fake.token_asked] == [None]
+
+
+def test_a_helper_slower_than_a_client_waits_for_is_heard_by_the_next_one() -> None:
+    fake, _, _ = registry("basic", ONLY_ALICE)
+    runs: list[str] = []
+
+    async def slow(helper: str, server: str) -> Basic:
+        runs.append(server)
+        await trio.sleep(5.5)
+        return Basic.of("alice", "secret")
+
+    async def main(mirror: Mirror) -> None:
+        with pytest.raises(OriginUnreachable):
+            await mirror.registries.head_manifest(APP, "v1", None)
+        await trio.sleep(4)  # for as long a registry that gave no answer is not asked
+        await mirror.registries.head_manifest(APP, "v1", None)
+
+    run(web_of(fake), main, settings_of(listed(credential_helper="slow")), run_helper=slow)
+    assert runs == [REGISTRY]
 
 
 def test_an_identity_token_is_posted_to_no_realm_but_its_own(tmp_path: Path) -> None:
