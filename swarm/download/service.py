@@ -559,10 +559,11 @@ class DownloadService:
             return await create()
 
     def release(self, task_id: bytes) -> None:
-        """Stop serving a complete task, so that it is no longer in use; a running download goes on."""
-        active = self._active.get(task_id)
-        if active is not None and not active.downloading:
-            self._close(active)
+        """Stop serving a complete task, under any of its names, so that it is no longer in use; a running download goes on."""
+        for name in {task_id, *self._parts.store.public_names(task_id)}:
+            active = self._active.get(name)
+            if active is not None and not active.downloading:
+                self._close(active)
 
     async def _read_unknown_length(
         self, task: Task, source: Source, info: OriginInfo, request: FetchRequest

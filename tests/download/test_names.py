@@ -11,6 +11,7 @@ import trio
 from simulations.clock import run
 from simulations.register import Register
 from simulations.world import MBIT, URL, Node, Shape, World
+from swarm import wire
 from swarm.download.request import Fetched, FetchRequest
 from swarm.download.service import GIVE_UP_AFTER, IDLE_SECONDS, OTHER_NAMES_WITHIN
 from swarm.edges import Source, State
@@ -106,11 +107,14 @@ def test_another_url_with_the_digest_is_not_read_from_its_origin() -> None:
     within(main)
 
 
-def test_removed_content_is_withdrawn_under_both_names() -> None:
+def test_removed_content_is_withdrawn_under_both_names_though_others_asked_for_it_lately() -> None:
     async def main() -> None:
         async with scene() as s:
-            node = s.world.nodes[0]
+            node, other = s.world.nodes
             await s.fetch(node)
+            (await s.world.connect(other, node.node_id)).post(wire.Ask(s.blob_id))
+            await trio.sleep(1)
+            assert len(node.service.activity()) == 2
             node.service.release(URL_ID)
             assert await node.store.remove(URL_ID)
             await trio.sleep(2 * OTHER_NAMES_WITHIN)
