@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import tempfile
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from tests.system.cluster import SWARM, clean_environment
 from tests.system.hosts import Hosts
 from tests.system.images import Image, Kind, Layer
 from tests.system.registry import Registry
@@ -86,3 +89,21 @@ def test_two_containerds_in_two_hosts_do_not_share_anything(work: Path) -> None:
                 assert pulled.code == 0, pulled
         assert registry.copies(image) == 2
         assert {it.sender for it in registry.requests()} == {hosts.address(1), hosts.address(2)}
+
+
+def test_the_default_of_containerd_asks_the_mirror_and_falls_back_to_whichever_registry_is_meant(work: Path) -> None:
+    """Any registry can stand for the mirror here: one that has the image, and later is not there."""
+    with Registry() as mirror, Registry() as registry, Containerd(work / "c") as containerd:
+        image, reference = image_at(registry)
+        mirror.push(mirror.images.image(LAYERS), "lib/it", "v1")
+        argv = [SWARM, "mirror", "configure", "--containerd", str(containerd.certs), "--mirror", mirror.base]
+        subprocess.run(argv, check=True, capture_output=True, timeout=20, env=clean_environment())
+        assert [it.name for it in containerd.certs.iterdir() if it.is_dir()] == ["_default"]
+        assert containerd.fetch(reference).code == 0
+        assert registry.requests() == []
+        namespaces = {parse_qs(urlsplit(it.path).query)["ns"][0] for it in mirror.requests()}
+        assert namespaces == {registry.name}
+        mirror.stop()
+        assert containerd.cri_pull(reference).code == 0
+        assert registry.requests() != []
+        assert containerd.content(image.digest).exists()
