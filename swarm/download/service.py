@@ -331,15 +331,17 @@ class DownloadService:
         try:
             info = await self._parts.origin.head(request.source)
         except OriginUnreachable:
-            if request.length is None or not await self.meet_holders(request.digest):
+            if request.length is None or not self._may_share(request) or not await self.meet_holders(request.digest):
                 raise
             return request.length
         if info.length is None:
             raise OriginError("the origin does not say how long the content is")
         return info.length
 
-    async def meet_holders(self, digest: Digest) -> bool:
+    async def meet_holders(self, digest: Digest, *, private: bool = False) -> bool:
         """Connect to members that have this content, so that a read begins at once; whether one has all of it."""
+        if private and self._parts.membership.is_open:
+            return False
         task_id = blob_task(digest).id
         active = self._active.get(task_id)
         if active is not None and (active.exchange.held | active.exchange.held_anywhere()).all():

@@ -58,7 +58,7 @@ class Contained(Protocol):
 
     def is_here(self, digest: Digest) -> bool: ...
     async def length_of(self, request: FetchRequest) -> int: ...
-    async def meet_holders(self, digest: Digest) -> bool: ...
+    async def meet_holders(self, digest: Digest, *, private: bool = False) -> bool: ...
     async def read(
         self, request: FetchRequest, span: Callable[[int], tuple[int, int]], *, strict: bool = False, prefix: bool = True
     ) -> Reader: ...
@@ -179,7 +179,7 @@ class Resolver:
             OriginError, NotPermitted: It cannot be read.
         """
         manifest = await self._body(name, digest, grant, client)
-        await self._require_deliverable(name, manifest, client)
+        await self._require_deliverable(name, manifest, grant, client)
         self._prepare(name, manifest, client)
         return manifest
 
@@ -239,6 +239,8 @@ class Resolver:
             if reader.stop > MAX_MANIFEST_BYTES:
                 raise MirrorError(502, "MANIFEST_INVALID", f"a manifest of {reader.stop} bytes is not read")
             await reader.wait()
+            if reader.stop and reader.source(0) == "origin":
+                self._note_alive(name.registry)
             return reader.read()
         except (OriginError, NotPermitted, IntegrityError) as error:
             self.catalogue.doubt_size(digest)
@@ -262,7 +264,9 @@ class Resolver:
 
     # --- whether all of it can be delivered ---
 
-    async def _require_deliverable(self, name: Name, manifest: Manifest, client: ClientCredentials | None) -> None:
+    async def _require_deliverable(
+        self, name: Name, manifest: Manifest, grant: Grant, client: ClientCredentials | None
+    ) -> None:
         missing = self._missing(manifest.contents)
         if not missing or self.is_alive(name.registry):
             return
@@ -276,7 +280,7 @@ class Resolver:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask, partial(self._registry_answers, name, manifest.digest, client))
-            nursery.start_soon(ask, partial(self._members_have, missing))
+            nursery.start_soon(ask, partial(self._members_have, missing, grant))
         if not found:
             raise MirrorError(503, "UNAVAILABLE", "the registry does not answer, and not all blobs are in the swarm")
 
@@ -295,21 +299,24 @@ class Resolver:
         self._note_alive(name.registry)
         return True
 
-    async def _members_have(self, missing: list[Child]) -> bool:
-        found: list[bool] = []
-        await self._meet(missing, found)
-        return len(found) == len(missing) and all(found)
-
-    async def _meet(self, children: list[Child], found: list[bool]) -> None:
+    async def _members_have(self, missing: list[Child], grant: Grant) -> bool:
+        """Whether members can be reached that have all of these, each of them any."""
+        if not grant.shared:
+            return False
         limit = trio.CapacityLimiter(PREPARING_AT_ONCE)
+        lacking = False
 
         async def meet(child: Child) -> None:
+            nonlocal lacking
             async with limit:
-                found.append(await self._service.meet_holders(child.digest))
+                if not await self._service.meet_holders(child.digest, private=grant.private):
+                    lacking = True
+                    nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:
-            for child in children:
+            for child in missing:
                 nursery.start_soon(meet, child)
+        return not lacking
 
     # --- ahead of the client ---
 
@@ -346,18 +353,20 @@ class Resolver:
         self._nursery.start_soon(guarded)
 
     async def _prepare_children(self, name: Name, missing: list[Child], client: ClientCredentials | None) -> None:
-        """Find their holders, and out whether the client may read them, so that neither waits until it asks."""
+        """Find out whether the client may read them, and who has them, so that neither waits until it asks."""
         limit = trio.CapacityLimiter(PREPARING_AT_ONCE)
 
         async def ask(child: Child) -> None:
             async with limit:
                 try:
-                    await self._authorizer.check(name, child.digest, client, manifest=False)
+                    grant = await self._authorizer.check(name, child.digest, client, manifest=False)
                 except SwarmError as error:
                     log.debug("mirror_not_granted_ahead", image=str(name), digest=str(child.digest), reason=str(error))
+                    return
+                if grant.shared:
+                    await self._service.meet_holders(child.digest, private=grant.private)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._meet, missing, [])
             for child in missing:
                 nursery.start_soon(ask, child)
 

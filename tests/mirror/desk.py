@@ -64,6 +64,7 @@ class Registry:
     error: SwarmError | None = None
     denied: set[str | None] = field(default_factory=set)
     private: bool = False
+    shared: bool = True
     open: trio.Event = field(default_factory=trio.Event)
     lies: dict[Digest, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
@@ -149,7 +150,7 @@ class Registry:
         self.asked.append(f"may {digest}")
         if (client.header if client is not None else None) in self.denied:
             raise MirrorDenied(401, "UNAUTHORIZED", "authentication required", challenge='Basic realm="x"')
-        return Grant(self.private)
+        return Grant(self.private, self.shared)
 
     # Origin
 

@@ -451,7 +451,7 @@ async def test_no_blob_is_read_before_somebody_asks_for_it(bench: Bench) -> None
 async def test_a_bug_in_a_look_up_ahead_costs_the_client_nothing(bench: Bench) -> None:
     digest = bench.registry.image(b"layer")
 
-    async def break_(digest: Digest) -> bool:
+    async def break_(digest: Digest, *, private: bool = False) -> bool:
         raise ZeroDivisionError
 
     bench.service.meet_holders = break_  # type: ignore[method-assign]
@@ -460,3 +460,30 @@ async def test_a_bug_in_a_look_up_ahead_costs_the_client_nothing(bench: Bench) -
         await trio.sleep(1)
     assert [line["event"] for line in lines if line["log_level"] == "error"] == ["mirror_look_up_failed"]
     assert (await bench.pull(digest)).digest == digest
+
+
+@runs()
+async def test_nobody_is_asked_for_content_that_is_to_stay_on_this_node(bench: Bench) -> None:
+    digest = bench.registry.image(b"layer")
+    bench.registry.private, bench.registry.shared = True, False
+    bench.hold(*bench.registry.blobs)
+    assert (await bench.resolver.manifest(NAME, digest, Grant(True, False), None)).digest == digest
+    await trio.sleep(1)
+    assert not bench.dialled
+    assert not bench.discovery.log
+    bench.registry.error = DOWN
+    await trio.sleep(60)
+    with pytest.raises(MirrorError):
+        await bench.resolver.manifest(NAME, digest, Grant(True, False), None)
+    assert not bench.dialled
+
+
+@runs()
+async def test_in_an_open_network_nobody_is_asked_for_private_content(bench: Bench) -> None:
+    digest = bench.registry.image(b"layer")
+    bench.registry.private = True
+    bench.hold(*bench.registry.blobs)
+    await bench.resolver.manifest(NAME, digest, Grant(True), None)
+    await trio.sleep(1)
+    assert not bench.dialled
+    assert not bench.discovery.log

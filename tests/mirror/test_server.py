@@ -180,7 +180,7 @@ def test_a_connection_without_a_request_is_closed(monkeypatch: pytest.MonkeyPatc
 @runs()
 async def test_bytes_go_out_while_the_blob_arrives(desk: Desk) -> None:
     digest = desk.registry.blob(BIG)
-    desk.registry.open, desk.registry.holds_after = trio.Event(), 4 * PIECE
+    desk.registry.open, desk.registry.holds_after = trio.Event(), 5 * PIECE
     client = await desk.connect()
     async with client.stream:
         await client.ask(desk.blob(digest))
@@ -275,7 +275,7 @@ async def test_ranges_and_whole_reads_share_one_download(desk: Desk) -> None:
     assert desk.registry.sent[digest] == len(BIG)
 
 
-@pytest.mark.parametrize("came", [0, 3 * PIECE])
+@pytest.mark.parametrize("came", [0, 5 * PIECE])
 def test_r28_a_client_that_goes_away_leaves_nothing_and_its_work_stops(came: int) -> None:
     """Before its answer begins, and in the middle of it; noticed at once, not when a time is over."""
 
@@ -367,7 +367,7 @@ async def test_a_registry_that_never_answers_costs_a_status_within_the_time_set(
 @runs(body_timeout=0.5)
 async def test_a_body_that_stands_still_is_cut_short(desk: Desk) -> None:
     digest = desk.registry.blob(BIG)
-    desk.registry.open, desk.registry.holds_after = trio.Event(), 4 * PIECE
+    desk.registry.open, desk.registry.holds_after = trio.Event(), 5 * PIECE
     with trio.fail_after(5):
         reply = await desk.get(desk.blob(digest))
     assert reply.cut
