@@ -126,13 +126,16 @@ def machine() -> Iterator[Machine]:
             example = (ROOT / "docs/how-to/swarm.toml").read_text()
             # Docker Hub is here: that it can be reached is what the pages take for granted.
             (work / "swarm.toml").write_text(example + f'\n[mirror.registry."docker.io"]\nendpoint = "{registry.base}"\n')
+            # Locks as files: otherwise podman leaves a segment in /dev/shm that all of the machine's podmans share.
+            (work / "containers.conf").write_text('[engine]\nlock_type = "file"\n')
             (work / "bin").mkdir()
             (work / "bin/systemctl").write_text(_SYSTEMCTL)
             (work / "bin/systemctl").chmod(0o755)
             path = f"{work}/bin:{Path(SWARM).parent}:{os.environ['PATH']}"
             with subprocess.Popen(
                 Place(hosts, 1).with_cgroups(["bash", "--norc"]), cwd=work, text=True,
-                env={**clean_environment(), "PATH": path, "WORK": str(work), "HOME": str(work)},
+                env={**clean_environment(), "PATH": path, "WORK": str(work), "HOME": str(work),
+                     "CONTAINERS_CONF": str(work / "containers.conf")},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.stderr,
             ) as shell:  # fmt: skip
                 made = Machine(work, registry, shell)
