@@ -57,9 +57,8 @@ class Bench:
         self.reachable = True
         self.store = store
         policy = replace(Policy(), settle=0.001, settle_bound=0.01)
-        self.service = DownloadService(
-            SimulatedMembership.draw(Random(1)), store, self.discovery, self.registry, policy=policy, rng=Random(5)
-        )
+        self.membership = SimulatedMembership.draw(Random(1))
+        self.service = DownloadService(self.membership, store, self.discovery, self.registry, policy=policy, rng=Random(5))
         self.service.attach(self)
         self.resolver = Resolver(
             self.registry, self.registry, self.service, self.catalogue, MirrorSettings(**settings), self.tally,
@@ -465,6 +464,7 @@ async def test_a_bug_in_a_look_up_ahead_costs_the_client_nothing(bench: Bench) -
 @runs()
 async def test_nobody_is_asked_for_content_that_is_to_stay_on_this_node(bench: Bench) -> None:
     digest = bench.registry.image(b"layer")
+    bench.membership.is_open = False
     bench.registry.private, bench.registry.shared = True, False
     bench.hold(*bench.registry.blobs)
     assert (await bench.resolver.manifest(NAME, digest, Grant(True, False), None)).digest == digest

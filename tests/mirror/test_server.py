@@ -49,6 +49,19 @@ async def test_requests_may_follow_before_the_answer(desk: Desk) -> None:
 
 
 @runs()
+async def test_a_client_that_offers_another_protocol_is_answered_in_this_one(desk: Desk) -> None:
+    """As curl --http2 does; also one that waits to be told to go on."""
+    client = await desk.connect()
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQ\r\n"
+    async with client.stream:
+        first = b"GET /v2/ HTTP/1.1\r\nHost: localhost\r\n" + offer + b"\r\n"
+        second = b"GET /v2/ HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n\r\n"
+        last = b"GET /v2/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        got = await client.raw(first + second + last)
+    assert got.count(b"HTTP/1.1 200") == 3
+
+
+@runs()
 async def test_an_old_client_gets_its_answer_and_the_end(desk: Desk) -> None:
     client = await desk.connect()
     async with client.stream:
