@@ -106,7 +106,7 @@ class Node:
         self,
         request: FetchRequest,
         progress: Callable[[Progress], None] | None,
-        opened: Callable[[StoredTask], None] | None = None,
+        opened: Callable[[StoredTask | None], None] | None = None,
     ) -> tuple[Fetched, Content]:
         """Have the content, and open it; `opened` as for `DownloadService.fetch`.
 

@@ -69,7 +69,7 @@ class Node(Protocol):
         self,
         request: FetchRequest,
         progress: Callable[[Progress], None] | None,
-        opened: Callable[[Arriving], None] | None,
+        opened: Callable[[Arriving | None], None] | None,
     ) -> tuple[Fetched, Content]: ...
     def status(self) -> dict[str, Any]: ...
     def tasks(self) -> list[dict[str, Any]]: ...
@@ -314,10 +314,11 @@ class _Wait:
         self._latest = progress
         self._news.set()
 
-    def _open(self, content: Arriving) -> None:
-        if self._opened is not None:
-            self._opened.close()
-        self._opened = Told(content)
+    def _open(self, content: Arriving | None) -> None:
+        for former in (self._told, self._opened):
+            if former is not None:
+                former.close()  # at once: what is in use is in the way of what follows
+        self._told, self._opened = None, None if content is None else Told(content)
         self._news.set()
 
     async def messages(self) -> AsyncIterator[tuple[dict[str, Any], int]]:
@@ -346,8 +347,6 @@ class _Wait:
                 yield message, -1
 
     def _opening(self, opened: Told) -> Iterator[tuple[dict[str, Any], int]]:
-        if self._told is not None:
-            self._told.close()
         self._told, self._opened = opened, None
         try:
             yield opened.opening()

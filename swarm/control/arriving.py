@@ -6,7 +6,6 @@ a large file would take as long again as the download.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Final, Protocol
 
 from swarm import pieces
@@ -57,16 +56,17 @@ class Told:
         told = {"task": self._content.task.id.hex(), "length": geometry.length, "piece_length": geometry.piece_length}
         return {"arriving": told}, descriptor
 
-    def losses(self) -> Iterator[dict[str, Any]]:
+    def losses(self) -> list[dict[str, Any]]:
         """A line if something told turned out to be wrong: the command starts over."""
-        if self._lost:
-            self._lost = False
-            self._told.setall(0)
-            yield {"lost": True}
+        if not self._lost:
+            return []
+        self._lost = False
+        self._told.setall(0)
+        return [{"lost": True}]
 
-    def news(self) -> Iterator[dict[str, Any]]:
+    def news(self) -> list[dict[str, Any]]:
         """What changed since the last call."""
-        yield from self.losses()
+        lines = self.losses()
         fresh = self._content.held & ~self._told
         runs: list[tuple[int, int]] = []
         first = fresh.find(1)
@@ -76,8 +76,7 @@ class Told:
             runs.append((first, stop))
             self._told[first:stop] = True
             first = fresh.find(1, stop)
-        if runs:
-            yield {"verified": runs}
+        return [*lines, {"verified": runs}] if runs else lines
 
     def close(self) -> None:
         self._content.close()

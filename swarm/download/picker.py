@@ -133,7 +133,7 @@ def choose_requests(
         while len(neighbour.queued) < policy.queued and len(chosen) < room:
             piece = _pick(fresh & neighbour.held, counts, rng, first)
             spare = piece is None
-            if piece is None and not neighbour.queued:
+            if piece is None and not neighbour.queued and len(requests.arriving) < policy.spare_arriving:
                 piece = _pick_endgame(wanted & neighbour.held, requests, neighbour, counts, policy, rng, busy=busy, first=first)
             if piece is None:
                 break

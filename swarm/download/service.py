@@ -189,13 +189,13 @@ class DownloadService:
         self,
         request: FetchRequest,
         progress: Callable[[Progress], None] | None = None,
-        opened: Callable[[StoredTask], None] | None = None,
+        opened: Callable[[StoredTask | None], None] | None = None,
     ) -> tuple[Fetched, StoredTask]:
         """Have the content complete and verified in the store.
 
         Args:
             opened: Called with a handle of its own, which it closes, when content that is not complete yet begins to arrive;
-                again if that starts over as other content.
+                with `None` if that was in vain and other content may follow.
 
         Returns:
             The numbers, and the open task; the caller closes it.
@@ -211,6 +211,8 @@ class DownloadService:
                 result = await self._fetch_once(request, progress, opened, begun)
             except ContentChanged:
                 # One clean restart: the new version is another task, and nothing of the old one gets into it.
+                if opened is not None:
+                    opened(None)
                 result = await self._fetch_once(request, progress, opened, begun)
         except SwarmError as error:
             self.totals.fetches[error.kind] += 1
@@ -224,7 +226,7 @@ class DownloadService:
         self,
         request: FetchRequest,
         progress: Callable[[Progress], None] | None,
-        opened: Callable[[StoredTask], None] | None,
+        opened: Callable[[StoredTask | None], None] | None,
         begun: float,
     ) -> tuple[Fetched, StoredTask]:
         if progress is not None:
@@ -552,13 +554,21 @@ class DownloadService:
         try:
             return await create()
         except NoSpace:
-            # What is only kept open in case somebody asks is in use, and so not evicted: it gives way.
-            idle = [active for active in self._active.values() if not active.downloading and not _has_company(active)]
-            for active in idle:
-                self._close(active)
-            if not idle:
+            if not self._close_idle():
                 raise
             return await create()
+
+    def _close_idle(self) -> bool:
+        """What is only kept open in case somebody asks is in use, and so not evicted: let it give way, if there is any."""
+        idle = [active for active in self._active.values() if not active.downloading and not _has_company(active)]
+        for active in idle:
+            self._close(active)
+        return bool(idle)
+
+    def has_room(self, wanted: int) -> bool:
+        """Whether content of so many bytes could be fetched now."""
+        store = self._parts.store
+        return store.has_room(wanted) or (self._close_idle() and store.has_room(wanted))
 
     def release(self, task_id: bytes) -> None:
         """Stop serving a complete task, under any of its names, so that it is no longer in use; a running download goes on."""

@@ -86,12 +86,12 @@ class Uploader:
     it returns.
     """
 
-    def __init__(self, source: UploadSource, *, rng: random.Random, slots: int = SLOTS, most: int = MAX_SLOTS) -> None:
-        """`slots` transfers at a time, and up to `most` while all of them are blocked."""
+    def __init__(self, source: UploadSource, *, rng: random.Random, slots: int | None = None) -> None:
+        """`slots` transfers at a time (`SLOTS`), and up to `MAX_SLOTS` while all of them are blocked."""
         self._source = source
         self._random = rng
-        self._slots = slots
-        self._most = most
+        self._slots = SLOTS if slots is None else slots
+        self._most = MAX_SLOTS
         self._queues: dict[Channel, _Queue] = {}
         self._queued = 0
         self._active: list[Transfer] = []

@@ -67,7 +67,7 @@ class FakeNode:
         self,
         request: FetchRequest,
         progress: Callable[[Progress], None] | None,
-        opened: Callable[[Arriving], None] | None = None,
+        opened: Callable[[Arriving | None], None] | None = None,
     ) -> tuple[Fetched, FakeContent]:
         self.requests.append(request)
         self.started.set()

@@ -175,6 +175,8 @@ def test_content_that_starts_over_replaces_what_came_before(tmp_path: Path, quic
     async def steps(opened: Callable[[Any], None]) -> None:
         opened(old)
         await recorder.heard(1)
+        opened(None)
+        assert old.closed == 1, "what is in use would be in the way of the new content"
         opened(new)
         await recorder.heard(2)
 
