@@ -12,10 +12,14 @@ from random import Random
 import msgspec
 from blake3 import blake3
 
+from simulations.pipes import Uplink
 from simulations.world import Link, Node, SimulatedMembership, World
 from swarm import pieces, wire
 from swarm.edges import Served
 from swarm.identity import Identity
+
+DRIP_RATE = 20_000.0
+"""Bytes a second of a `Dripper`: never silent for long, and far below what a transfer has to reach."""
 
 
 class Flipper(Node):
@@ -51,6 +55,14 @@ class Silent(Node):
 
     def asked(self, asker: Link, request: wire.Request) -> None:
         return None
+
+
+class Dripper(Node):
+    """Takes what it can get, and passes it on byte by byte."""
+
+    def __init__(self, world: World, number: int, seed: bytes, rate: float) -> None:
+        super().__init__(world, number, seed, rate)
+        self.uplink = Uplink(world.events, DRIP_RATE)
 
 
 class Boaster(Silent):

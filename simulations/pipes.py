@@ -39,8 +39,10 @@ class Flow:
     in_flight: int = 0
     queued: bool = False
     cancelled: bool = False
+    begun: float = 0.0
     moved: float = 0.0
     """When its last block arrived."""
+    received: int = 0
 
 
 def blocks_of(size: int) -> deque[int]:
@@ -129,6 +131,7 @@ class Uplink:
             return
         flow.in_flight -= 1
         flow.moved = trio.current_time()
+        flow.received += size
         flow.on_block(size)
         if not flow.blocks and not flow.in_flight:
             flow.on_end()

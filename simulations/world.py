@@ -17,7 +17,7 @@ import msgspec
 import trio
 from blake3 import blake3
 
-from simulations.events import Events
+from simulations.events import TICK, Events
 from simulations.pipes import Downlink, Flow, Uplink, blocks_of
 from swarm import wire
 from swarm.download.policy import Policy
@@ -36,7 +36,9 @@ DEAD_SECONDS = 30.0
 """Silence after which neighbours give a node up (`swarm.peer.connection`)."""
 
 STALL_SECONDS = 10.0
-"""Without a byte for so long a transfer is given up (`swarm.peer.limits`)."""
+SLOW_SECONDS = 20.0
+SLOW_RATE = 64 * 1024
+"""Without a byte for so long, or below this rate over so long, a transfer is given up (`swarm.peer.limits`)."""
 
 DIAL_SECONDS = 10.0
 """How long a dial waits for an answer."""
@@ -300,7 +302,8 @@ class Node:
         deadline = self.uploader.next_deadline()
         if deadline < self._wake_at:
             self._wake_at = deadline
-            self.world.events.at(deadline, self._woken)
+            # Later in any case: the tick of a deadline may be a rounding error before it, and nothing be due yet.
+            self.world.events.at(max(deadline, now + TICK), self._woken)
 
     def _woken(self) -> None:
         self._wake_at = float("inf")
@@ -332,7 +335,7 @@ class Node:
         flow = Flow(
             blocks_of(request.length), receiver.near.downlink, receiver.latency, lambda _size: None, end, sent, departed
         )
-        flow.moved = trio.current_time()
+        flow.begun = flow.moved = trio.current_time()
         receiver.flows[request.id] = flow
         self._watch(transfer, flow, receiver)
         self.world.events.after(receiver.latency, lambda: self.world.started(receiver, request, served))
@@ -343,8 +346,14 @@ class Node:
         number = transfer.request.id
         if receiver.flows.get(number) is not flow:
             return
-        if trio.current_time() - flow.moved < STALL_SECONDS:
-            self.world.events.at(flow.moved + STALL_SECONDS, lambda: self._watch(transfer, flow, receiver))
+        now = trio.current_time()
+        age = now - flow.begun
+        slow = age >= SLOW_SECONDS and flow.received < SLOW_RATE * age
+        if now - flow.moved < STALL_SECONDS and not slow:
+            due = min(flow.moved + STALL_SECONDS, now + SLOW_SECONDS)
+            if age < SLOW_SECONDS:
+                due = min(due, flow.begun + SLOW_SECONDS)
+            self.world.events.at(max(due, now + TICK), lambda: self._watch(transfer, flow, receiver))
             return
         flow.cancelled = True
         del receiver.flows[number]

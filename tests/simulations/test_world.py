@@ -21,7 +21,7 @@ import structlog
 from simulations import misbehaving
 from simulations.clock import run
 from simulations.register import Register
-from simulations.world import MBIT, STALL_SECONDS, Node, OriginReading, Outcome, Shape, SimulatedOrigin, World
+from simulations.world import MBIT, SLOW_SECONDS, STALL_SECONDS, Node, OriginReading, Outcome, Shape, SimulatedOrigin, World
 from swarm.download.policy import Policy
 from swarm.edges import OriginInfo, Source
 from swarm.errors import OriginUnreachable
@@ -248,6 +248,7 @@ COSTS: dict[type[Node], tuple[float, float]] = {
     misbehaving.Flipper: (1.1, 3),
     misbehaving.Liar: (3.2, 6),
     misbehaving.Silent: (1.1, 9),
+    misbehaving.Dripper: (1.25, 2 * SLOW_SECONDS),
     misbehaving.Boaster: (1.1, 4),
     misbehaving.Refuser: (1.1, 2),
     misbehaving.Oscillator: (1.1, 3),
@@ -255,7 +256,8 @@ COSTS: dict[type[Node], tuple[float, float]] = {
     misbehaving.Claimer: (1.1, 9),
 }
 """Most copies that the honest may read, and most seconds that the last of them may lose.  Copies: with signed lies each honest
-node reads a sample of each signer, a third of such small content.  Seconds: a wait before silence is doubted, or two leases."""
+node reads a sample of each signer, a third of such small content.  Seconds: a wait before silence is doubted, two leases, or
+two transfers that are given up."""
 
 
 @pytest.mark.parametrize("kind", COSTS)
