@@ -547,6 +547,10 @@ class Store(Protocol):
         """
         ...
 
+    def has_room(self, wanted: int) -> bool:
+        """Whether so many bytes more would fit now, after eviction; nothing is evicted."""
+        ...
+
     def on_evict(self, callback: Callable[[bytes], object]) -> None:
         """An async callable awaited with the task id before its content is deleted."""
         ...

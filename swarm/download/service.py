@@ -14,7 +14,7 @@ reads the origin, `unknown_length` finds out how long the content is, and `blame
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -565,10 +565,17 @@ class DownloadService:
             self._close(active)
         return bool(idle)
 
-    def has_room(self, wanted: int) -> bool:
-        """Whether content of so many bytes could be fetched now."""
+    def has_room(self, contents: Mapping[Digest, int]) -> bool:
+        """Whether all of these, of so many bytes each, could be fetched now; what is being fetched has its room already."""
         store = self._parts.store
+        wanted = sum(size for digest, size in contents.items() if not self._has_some(digest))
         return store.has_room(wanted) or (self._close_idle() and store.has_room(wanted))
+
+    def _has_some(self, digest: Digest) -> bool:
+        stored = self._parts.store.open(blob_task(digest).id)
+        if stored is not None:
+            stored.close()
+        return stored is not None
 
     def release(self, task_id: bytes) -> None:
         """Stop serving a complete task, under any of its names, so that it is no longer in use; a running download goes on."""

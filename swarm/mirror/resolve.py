@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol
@@ -57,6 +57,7 @@ class Contained(Protocol):
     """What the mirror asks of the download service."""
 
     def is_here(self, digest: Digest) -> bool: ...
+    def has_room(self, contents: Mapping[Digest, int]) -> bool: ...
     async def length_of(self, request: FetchRequest) -> int: ...
     async def meet_holders(self, digest: Digest, *, private: bool = False) -> bool: ...
     async def read(
@@ -146,6 +147,7 @@ class Resolver:
             raise MirrorError(404, "MANIFEST_UNKNOWN", "the registry has no such manifest") from error
         self._note_alive(name.registry)
         self.catalogue.note_tag(name, tag, info, self._wall_clock())
+        self.catalogue.note_children(Contents(info.media_type, (Child(info.digest, info.length, info.media_type),)))
         return info
 
     def is_alive(self, registry: str) -> bool:
@@ -156,7 +158,6 @@ class Resolver:
         """A client that asked what a tag stands for asks for that next."""
         if info.digest not in self._kept and self._preparing < MAX_PREPARING:
             child = Child(info.digest, info.length, info.media_type)
-            self.catalogue.note_children(Contents(info.media_type, (child,)))
             self._aside(partial(self._read_ahead, name, child, client))
 
     def _note_alive(self, registry: str) -> None:
@@ -179,6 +180,7 @@ class Resolver:
             OriginError, NotPermitted: It cannot be read.
         """
         manifest = await self._body(name, digest, grant, client)
+        self._require_room(manifest)
         await self._require_deliverable(name, manifest, grant, client)
         self._prepare(name, manifest, client)
         return manifest
@@ -263,6 +265,14 @@ class Resolver:
         return kept.blobs if kept is not None else frozenset()
 
     # --- whether all of it can be delivered ---
+
+    def _require_room(self, manifest: Manifest) -> None:
+        """podman would come for the blobs, and not ask its registry when they do not fit."""
+        if not manifest.contents.manifests:
+            missing = {child.digest: child.size for child in self._missing(manifest.contents)}
+            if missing and not self._service.has_room(missing):
+                size = sum(missing.values())
+                raise MirrorError(507, "UNAVAILABLE", f"no room for the {size} bytes of the blobs that are not here yet")
 
     async def _require_deliverable(
         self, name: Name, manifest: Manifest, grant: Grant, client: ClientCredentials | None

@@ -112,6 +112,8 @@ class Routes:
                 answer.target = target
                 return self._counted(request, answer)
             log.warning("mirror_too_slow", **_what(target))
+            if target.digest is not None:
+                self._resolver.catalogue.doubt_size(target.digest)  # nobody takes part in a task of a wrong length
             error: SwarmError = MirrorError(504, "UNAVAILABLE", "neither the swarm nor the registry answered in time")
         except SwarmError as caught:
             error = caught

@@ -168,6 +168,10 @@ class TaskStore(ABC):
         blob = [] if content.private else [blob_task(content.digest).id]
         return list(dict.fromkeys([*blob, *(name.task.id for name in content.names.values() if not name.private)]))
 
+    def has_room(self, wanted: int) -> bool:
+        missing = self._room().missing(wanted)
+        return not missing or sum(it.size for it in self._candidates() if not it.protected) >= missing
+
     def on_evict(self, callback: Callable[[bytes], object]) -> None:
         self._evict_callbacks.append(callback)
 

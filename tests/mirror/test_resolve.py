@@ -399,6 +399,43 @@ async def test_an_index_is_given_out_while_the_registry_is_down_if_one_of_its_im
     assert (await bench.pull(index)).digest == index
 
 
+@runs()
+async def test_a_manifest_whose_blobs_do_not_fit_on_the_disk_is_not_given_out(bench: Bench) -> None:
+    """podman would fail at the blob that does not fit, instead of asking its registry."""
+    old = bench.registry.blob(b"old" * 200_000)
+    await bench.here(old)
+    bench.store._quota = 1_000_000
+    small = bench.registry.image(b"new" * 100_000)
+    assert (await bench.pull(small)).digest == small, "what is old may go"
+    large = bench.registry.image(b"large" * 300_000)
+    with pytest.raises(MirrorError) as caught:
+        await bench.pull(large)
+    assert caught.value.status == 507
+    assert bench.service.is_here(old), "and nothing went for nothing"
+
+
+@runs()
+async def test_room_that_a_running_download_has_is_not_wanted_twice(bench: Bench) -> None:
+    layer = b"layer" * 160_000
+    digest = bench.registry.image(layer)
+    await bench.pull(digest)
+    bench.store._quota = 1_000_000
+    bench.registry.open = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.here, digest_of(layer))
+        await trio.sleep(1)
+        assert (await bench.pull(digest)).digest == digest
+        bench.registry.open.set()
+
+
+@runs()
+async def test_a_tag_and_its_manifest_cost_one_question_and_one_read(bench: Bench) -> None:
+    digest = bench.registry.image(b"layer")
+    await bench.resolver.resolve(NAME, "v1", None)
+    await bench.pull(digest)
+    assert [line.partition(" ")[0] for line in bench.registry.asked if "may" not in line] == ["head", "READ"]
+
+
 # --- ahead of the client ----------------------------------------------------------------------------------------------
 
 
