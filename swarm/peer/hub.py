@@ -10,12 +10,14 @@ Non-goals: choosing whom to connect to.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import random
 import socket
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, NoReturn, Protocol
@@ -42,6 +44,9 @@ log = structlog.get_logger(__name__)
 
 OVERLAP_SECONDS: Final = 20.0
 """A second connection this soon after the first was dialled without knowing of it; later, the peer has lost the first."""
+
+PIECES_DIAL_SECONDS: Final = 2.0
+"""How long an address of a peer's pieces port may take where there is another one to try."""
 
 HOUSEKEEPING_SECONDS: Final = 10.0
 SKEW_WARNING_SECONDS: Final = 3600.0
@@ -113,6 +118,8 @@ class PeerHub:
         self._unfinished: dict[NodeId, Link] = {}
         self._opening: dict[NodeId, Link] = {}
         self._dialler = Dialler(self, may_dial)
+        self._may_dial = may_dial
+        self._told: list[str] = []
         self._violators: Failures[NodeId] = Failures(first=10, longest=600)
         self._bans: OrderedDict[NodeId, float] = OrderedDict()
         self._handshakes = _Handshakes(self.settings.max_handshakes, self.settings.max_handshakes_per_host)
@@ -202,6 +209,7 @@ class PeerHub:
         self._listeners = control + pieces
         try:
             self._ports = Ports(control[0].getsockname()[1], pieces[0].getsockname()[1]) if control else Ports(0, 0)
+            self._told = _told(self.settings.advertise, listen, self._ports)
             async with trio.open_nursery() as nursery:
                 await self._start(nursery)
                 for listener in control:
@@ -399,7 +407,7 @@ class PeerHub:
             pieces=self._ports.pieces,
             ticket=ticket,
             encrypt=self.settings.encrypt,
-            addresses=[str(address) for address in self.settings.advertise[:MAX_ADDRESSES]],
+            addresses=self._told,
             agent=self.settings.agent[:200],
         )
 
@@ -550,14 +558,13 @@ class PeerHub:
         )
 
     async def dial_pieces(self, link: Link, encrypted: bool) -> socket.socket:
-        """
+        """Where its control connection comes from, or where it says it is: of several addresses a host may send from one
+        and listen on another.
+
         Raises:
             PeerError: It does not listen, or somebody else does.
         """
-        port = link.peer_hello.pieces
-        if not port:
-            raise PeerError("the peer does not listen for pieces")
-        sock = await sockets.dial(Address(link.remote.host, port))
+        sock = await self._dial_one_of(self._pieces_addresses(link))
         if not encrypted:
             return sock
         secure = await sockets.start_tls(sock, self._membership.client_context(), server_side=False)
@@ -568,6 +575,32 @@ class PeerHub:
             sockets.close(secure)
             raise
         return secure
+
+    def _pieces_addresses(self, link: Link) -> list[Address]:
+        hello = link.peer_hello
+        if not hello.pieces:
+            raise PeerError("the peer does not listen for pieces")
+        found = {Address(link.remote.host, hello.pieces): None}
+        for text in hello.addresses:
+            with suppress(ValueError):
+                address = Address(sockets.canonical_host(text.rpartition(":")[0].strip("[]")), hello.pieces)
+                if self._may_dial(address):
+                    found[address] = None
+        return list(found)
+
+    async def _dial_one_of(self, addresses: Sequence[Address]) -> socket.socket:
+        for address in addresses[:-1]:
+            with suppress(PeerError), trio.move_on_after(PIECES_DIAL_SECONDS):
+                return await sockets.dial(address)
+        return await sockets.dial(addresses[-1])
+
+
+def _told(advertise: Sequence[Address], listen: Sequence[Address], ports: Ports) -> list[str]:
+    """What peers are told of where we are: what is configured, else the addresses we listen on and no others."""
+    if advertise:
+        return [str(address) for address in advertise[:MAX_ADDRESSES]]
+    own = [address for address in listen if not ipaddress.ip_address(address.host).is_unspecified]
+    return [str(Address(address.host, ports.control)) for address in own[:MAX_ADDRESSES]]
 
 
 class _Handler(Protocol):

@@ -285,6 +285,33 @@ def test_ipv4_and_ipv6(host):
     run(main)
 
 
+def test_a_host_that_sends_from_another_address_than_it_listens_on_serves_pieces():
+    async def main() -> None:
+        one, two = make_node(CONTENT), make_node()
+        async with running(one, listen="127.0.0.2"), running(two, listen="127.0.0.3"):
+            await one.hub.connect(two.id, [Address("127.0.0.3", two.hub.ports.control)])
+            await until(lambda: two.service.ups)
+            link = two.service.ups[0]
+            assert link.address.host == "127.0.0.1", "the kernel's choice of a source, where nobody listens"
+            link.request(1, TASK, 0, 0, 1000)
+            await until(lambda: two.service.pieces)
+
+    run(main)
+
+
+def test_addresses_a_peer_tells_that_are_none_are_not_dialled():
+    async def main() -> None:
+        told = (Address("169.254.169.254", 80), Address("224.0.0.1", 5000), Address("127.0.0.1", 1))
+        one, two = make_node(CONTENT, settings=PeerSettings(advertise=told)), make_node()
+        async with running(one, two):
+            link = await two.connect(one)
+            assert [address.host for address in two.hub._pieces_addresses(link)] == ["127.0.0.1"]
+            link.request(1, TASK, 0, 0, 1000)
+            await until(lambda: two.service.pieces)
+
+    run(main)
+
+
 def test_one_dual_stack_listener_serves_both_and_addresses_are_canonical():
     async def main() -> None:
         one = make_node(CONTENT)
