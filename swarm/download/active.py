@@ -179,7 +179,8 @@ class Active:
 
     @property
     def geometry(self) -> Geometry:
-        return self.stored.geometry
+        # Not the store's: bytes may still arrive for a task we have left and closed.
+        return self.exchange.geometry
 
     @property
     def downloading(self) -> bool:

@@ -121,7 +121,8 @@ def choose_requests(
     fresh = wanted.copy()
     for waiting in requests.queued:
         fresh[waiting] = False
-    order = [n for n in neighbours if len(n.queued) < policy.queued and n.paused_until <= now]
+    queued = policy.queued_at_each(len(neighbours))
+    order = [n for n in neighbours if len(n.queued) < queued and n.paused_until <= now]
     rng.shuffle(order)
     order.sort(key=lambda neighbour: len(neighbour.queued))
     busy = fetching or bool(requests.arriving)
@@ -130,7 +131,7 @@ def choose_requests(
     expected = sum(asked > expected_since for neighbour in neighbours for asked in neighbour.queued.values())
     room = policy.outstanding - len(requests.arriving) - expected
     for neighbour in order:
-        while len(neighbour.queued) < policy.queued and len(chosen) < room:
+        while len(neighbour.queued) < queued and len(chosen) < room:
             piece = _pick(fresh & neighbour.held, counts, rng, first)
             spare = piece is None
             if piece is None and not neighbour.queued and len(requests.arriving) < policy.spare_arriving:

@@ -15,7 +15,7 @@ from swarm.download.picker import Neighbour, Requests, choose_requests
 from swarm.download.policy import Policy
 
 COUNT = 12
-POLICY = replace(Policy(), queued=2, arriving=4, outstanding=10)
+POLICY = replace(Policy(), queued=2, queued_at_few=1, arriving=4, outstanding=10)
 PATIENCE = 1.0
 
 
@@ -45,6 +45,15 @@ def test_a_few_pieces_are_queued_at_each_neighbour_and_none_twice() -> None:
     assert Counter(who for who, _, _ in chosen) == {0: 2, 1: 2, 2: 2}
     assert len({piece for _, piece, _ in chosen}) == 6
     assert not any(spare for _, _, spare in chosen)
+
+
+def test_few_neighbours_are_asked_for_more_at_a_time_so_that_no_piece_waits_for_a_round_trip() -> None:
+    policy = replace(POLICY, queued=1, queued_at_few=4)
+    for count, each in ((1, 4), (2, 4), (3, 3), (5, 2), (6, 1), (12, 1)):
+        neighbours = [neighbour(number) for number in range(count)]
+        asked = Counter(who for who, _, _ in choose(neighbours, Requests(), policy=policy))
+        assert max(asked.values()) == each
+        assert asked.total() <= policy.outstanding
 
 
 def test_the_rarest_piece_is_asked_for_first() -> None:

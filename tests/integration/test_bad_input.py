@@ -40,7 +40,9 @@ def origin():
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory, origin):
-    with Daemon(tmp_path_factory.mktemp("bad") / "a", SWARM_ORIGIN_STALL_TIMEOUT="300ms", SWARM_STORE_QUOTA="1536KiB") as daemon:
+    with Daemon(
+        tmp_path_factory.mktemp("bad") / "a", SWARM_ORIGIN_STALL_TIMEOUT="300ms", SWARM_STORE_QUOTA="1536KiB"
+    ) as daemon:
         daemon.fetch(origin.url("/kept"), daemon.data_dir.parent / "kept")
         yield daemon
 
