@@ -783,16 +783,18 @@ class DownloadService:
         active.wake()
         if active.shared and active.stored.complete:
             if self._nursery is not None:
-                self._nursery.start_soon(self._announce_other_names, active.task.id, repaired)
+                within = OTHER_NAMES_WITHIN if active.exchange.neighbours else 0.0
+                self._nursery.start_soon(self._announce_other_names, active.task.id, repaired, within)
             await self._parts.discovery.announce(active.task.id, State.COMPLETE)
 
-    async def _announce_other_names(self, task_id: bytes, every: bool) -> None:
+    async def _announce_other_names(self, task_id: bytes, every: bool, within: float) -> None:
         """Announce complete content also as the task of its digest, by which it is found whatever URL others know.
 
         Args:
             every: Under all its names: it had been incomplete, and was withdrawn.
+            within: Seconds over which nodes that end at the same time spread this.
         """
-        await trio.sleep(self._parts.rng.uniform(0, OTHER_NAMES_WITHIN))
+        await trio.sleep(self._parts.rng.uniform(0, within))
         store = self._parts.store
         names = store.public_names(task_id)
         for name in names if every else names[:1]:

@@ -253,11 +253,11 @@ COSTS: dict[type[Node], tuple[float, float]] = {
     misbehaving.Refuser: (1.1, 2),
     misbehaving.Oscillator: (1.1, 3),
     misbehaving.WrongBitmap: (1.1, 2),
-    misbehaving.Claimer: (1.1, 9),
+    misbehaving.Claimer: (1.1, 2 * Policy().strikes * (Policy().lease_first + Policy().lease_slack)),
 }
 """Most copies that the honest may read, and most seconds that the last of them may lose.  Copies: with signed lies each honest
-node reads a sample of each signer, a third of such small content.  Seconds: a wait before silence is doubted, two leases, or
-two transfers that are given up."""
+node reads a sample of each signer, a third of such small content.  Seconds: a wait before silence is doubted, all leases that
+two may waste, or two transfers that are given up."""
 
 
 @pytest.mark.parametrize("kind", COSTS)

@@ -126,6 +126,7 @@ def test_what_one_host_has_by_url_others_get_by_digest_without_the_origin() -> N
         s.cluster.start_all()
         s.assert_all_have_it([s.cluster.fetch_one(2, s.url, timeout=30, name="first")])
         s.origin.stop()
+        s.cluster.settle()  # it announces its second name when the fetch is over
         elsewhere = s.origin.url("elsewhere")
         by_digest = s.cluster.fetch_one(3, s.file.digest, timeout=30)
         by_other_url = s.cluster.fetch_one(1, elsewhere, "--digest", s.file.digest, timeout=30)
