@@ -13,7 +13,7 @@ import fcntl
 import os
 import stat
 import sys
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -100,24 +100,21 @@ class Export:
         Takes over the descriptor.
 
         Raises:
-            TargetError, TargetExists: As `finish`.
+            TargetError, NoSpace: There is no place for it.
         """
         self._forget()
         if str(self._target) == STDOUT or length == 0:
             os.close(fd)
             return
-        try:
-            directory, _name = _open_directory(self._target)
-        except BaseException:
-            os.close(fd)
-            raise
-        try:
-            out = _Output(directory, self._target)
-        except BaseException:
-            os.close(fd)
-            os.close(directory)
-            raise
-        self._early = _EarlyCopy(fd, out, name, length, piece_length)
+        with ExitStack() as undo:
+            undo.callback(os.close, fd)
+            out = _Output(_open_directory(self._target)[0], self._target)
+            undo.callback(out.close)
+            try:
+                self._early = _EarlyCopy(fd, out, name, length, piece_length)
+            except OSError as error:
+                raise _translated(error, self._target) from error
+            undo.pop_all()
 
     def verified(self, first: int, stop: int) -> None:
         """Pieces `first` to `stop`, not included, can be read.
@@ -214,7 +211,11 @@ class _EarlyCopy:
     """What was copied of content that is still arriving."""
 
     def __init__(self, fd: int, out: _Output, name: str, length: int, piece_length: int) -> None:
-        """Takes over `fd` and `out`."""
+        """Takes over `fd` and `out` if it succeeds.
+
+        Raises:
+            OSError: There is no room for so large a file.
+        """
         self.name = name
         self.length = length
         self.out = out
@@ -269,10 +270,10 @@ class _Output:
     """A new file below `directory`, without a name where the file system can do that, so that not even SIGKILL leaves it."""
 
     def __init__(self, directory: int, target: Path) -> None:
-        """Takes over `directory`.
+        """Takes over `directory`, even where it fails.
 
         Raises:
-            TargetError, NoSpace: No file can be made there; `directory` is still open.
+            TargetError, NoSpace: No file can be made there.
         """
         self.directory = directory
         self._target = target
@@ -280,6 +281,7 @@ class _Output:
         try:
             self.fd = self._open()
         except OSError as error:
+            os.close(directory)
             raise _translated(error, target) from error
 
     def _open(self) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from swarm import export as export_module
-from swarm.errors import NoSpace, TargetExists
+from swarm.errors import NoSpace, TargetError, TargetExists
 from swarm.export import Export
 
 PIECE = 64 * 1024
@@ -194,6 +194,41 @@ def test_a_full_disk_is_said_while_the_content_arrives(
         with pytest.raises(NoSpace, match="nothing is downloaded again"):
             export.verified(0, 1)
     assert os.listdir(out) == []
+
+
+@pytest.mark.parametrize("code", [errno.EFBIG, errno.ENOSPC, errno.EDQUOT])
+def test_a_file_system_that_cannot_hold_so_large_a_file_is_said_at_once(
+    store: Path, out: Path, copied: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def too_large(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "ftruncate", too_large)
+    with Export(out / "file", overwrite=False) as export, pytest.raises((TargetError, NoSpace), match="file"):
+        begin(export, store)
+    assert os.listdir(out) == []
+
+
+@pytest.mark.parametrize("step", ["arriving", "finish"])
+def test_a_place_where_no_file_can_be_made_is_said_and_keeps_no_descriptor(
+    store: Path, out: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    source, original = os.open(store, os.O_RDONLY), os.open
+
+    def denied(path: object, flags: int, *arguments: object, **options: object) -> int:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return original(path, flags, *arguments, **options)  # type: ignore[arg-type]
+
+    with Export(out / "file", overwrite=False) as export:
+        monkeypatch.setattr(os, "open", denied)
+        steps = {
+            "arriving": lambda: export.arriving(os.dup(source), "task", len(DATA), PIECE),
+            "finish": lambda: export.finish(source, expect_length=len(DATA)),
+        }
+        with pytest.raises(TargetError, match="Permission denied"):
+            steps[step]()
+    os.close(source)
 
 
 def test_piece_numbers_that_cannot_be_do_no_harm(store: Path, out: Path, copied: list[tuple[int, int]]) -> None:

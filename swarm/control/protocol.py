@@ -4,6 +4,9 @@ Participants: a client (the `swarm` command) and the node that owns the data dir
 client sends one JSON line, the node answers with any number of `{"progress": ...}` lines and exactly one
 `{"result": ...}` or `{"error": ...}` line.  The result of a fetch carries a read-only descriptor of the content
 (SCM_RIGHTS), so that the command writes the file as its own user and the node never writes outside its own directory.
+A fetch with `"early": true` gets, between them, `{"arriving": ...}` with a descriptor of what there is, then
+`{"verified": [[first, stop], ...]}` (pieces, the last not included) as they come, and `{"lost": true}` when some of it was
+wrong.
 
 Goals: nothing heavier than the standard library on the client's side; a client that goes away cancels its own wait and
 nothing else.  Non-goals: other machines, other users: whoever may open the socket (mode 0600, in a directory of mode
