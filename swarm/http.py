@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import trio
 
-from swarm import __version__
+from swarm import __version__, listening
 from swarm.config import HttpSettings
-from swarm.errors import ConfigError, SwarmError
+from swarm.errors import SwarmError
 from swarm.metrics import CONTENT_TYPE, Measured, exposition
 
 if TYPE_CHECKING:
@@ -63,29 +63,8 @@ def listen(settings: HttpSettings) -> socket.socket | None:
     Raises:
         ConfigError: The address is in use or not ours.
     """
-    endpoint = settings.listen
-    if endpoint is None:
-        return None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {endpoint} for HTTP: {error.strerror or error}; choose another with --http"
-        ) from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {endpoint} for HTTP: {error.strerror}; choose another address with --http, or --http off"
-        ) from error
-    return listener
+    advice = "choose another address with --http, or --http off"
+    return listening.listen(settings.listen, refusal="cannot listen on {} for HTTP", advice=advice, backlog=BACKLOG)
 
 
 async def serve(node: Node, listener: socket.socket, settings: HttpSettings) -> None:

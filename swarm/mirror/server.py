@@ -14,8 +14,8 @@ from typing import Final
 import structlog
 import trio
 
+from swarm import listening
 from swarm.config import MirrorSettings
-from swarm.errors import ConfigError
 from swarm.mirror.edges import MirrorError
 from swarm.mirror.pulls import Pulls
 from swarm.mirror.requests import BadRequest, Request, RequestReader
@@ -49,25 +49,12 @@ def listen(settings: MirrorSettings) -> socket.socket | None:
     Raises:
         ConfigError: The address is in use or not ours.
     """
-    endpoint = settings.listen
-    if endpoint is None:
-        return None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"the mirror cannot listen on {endpoint}: {error.strerror or error}; see --mirror") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"the mirror cannot listen on {endpoint}: {error.strerror}; choose another with --mirror") from error
-    return listener
+    return listening.listen(
+        settings.listen,
+        refusal="the mirror cannot listen on {}",
+        advice="choose another address with --mirror",
+        backlog=BACKLOG,
+    )
 
 
 class MirrorServer:
