@@ -171,7 +171,8 @@ def _translated(image: str) -> Iterator[None]:
     try:
         yield
     except MirrorError as error:
-        raise _FOR_PEOPLE.get(error.status, OriginUnreachable)(f"{image}: {error}") from error
+        advice = "; write REGISTRY/REPOSITORY:TAG or REGISTRY/REPOSITORY@DIGEST" if error.status == 400 else ""
+        raise _FOR_PEOPLE.get(error.status, OriginUnreachable)(f"{image}: {error}{advice}") from error
 
 
 _FOR_PEOPLE: Final[dict[int, Callable[[str], SwarmError]]] = {

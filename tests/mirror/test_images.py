@@ -55,13 +55,13 @@ async def test_of_an_index_this_machines_image_is_pulled_or_another_or_all(bench
 @runs()
 async def test_what_cannot_be_pulled_is_said_in_the_words_of_the_command_line(bench: Bench) -> None:
     bench.registry.image(b"layer")
-    for image, kind in (
-        (f"{NAME}:nosuch", NotFoundAtOrigin),
-        ("UPPER:v1", ConfigError),
-        ("other.example/a:v1", ConfigError),
-        (f"{NAME}@sha256:short", ConfigError),
+    for image, kind, text in (
+        (f"{NAME}:nosuch", NotFoundAtOrigin, "nosuch"),
+        ("UPPER:v1", ConfigError, "write REGISTRY/REPOSITORY:TAG"),
+        ("other.example/a:v1", ConfigError, "list it in mirror.registries"),
+        (f"{NAME}@sha256:short", ConfigError, "write REGISTRY/REPOSITORY:TAG"),
     ):
-        with pytest.raises(kind):
+        with pytest.raises(kind, match=text):
             await images(bench).pull(image, None)
     bench.registry.denied = {None}
     with pytest.raises(OriginRefused):
