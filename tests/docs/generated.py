@@ -196,7 +196,7 @@ def _documented(module_name: str) -> Iterator[tuple[str, str]]:
 
 
 def every_error() -> list[type[SwarmError]]:
-    """Every deliberate exception, in the order of the source."""
+    """Every deliberate exception: those of `swarm.errors` in its order, then those of other modules in theirs."""
     for package in (swarm, cli):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             importlib.import_module(module.name)
@@ -204,12 +204,17 @@ def every_error() -> list[type[SwarmError]]:
 
     def collect(kind: type[SwarmError]) -> None:
         found.append(kind)
-        for below in kind.__subclasses__():
+        # Not in the order of `__subclasses__`: that is the order in which somebody imported them.
+        for below in sorted(kind.__subclasses__(), key=_place):
             if below.__module__.startswith(("swarm.", "cli.")):
                 collect(below)
 
     collect(SwarmError)
     return [kind for kind in found if not kind.__name__.startswith("_")]
+
+
+def _place(kind: type[SwarmError]) -> tuple[bool, str, int]:
+    return kind.__module__ != SwarmError.__module__, kind.__module__, inspect.getsourcelines(kind)[1]
 
 
 def error_table() -> str:
