@@ -48,6 +48,7 @@ _REGISTRY: Final = re.compile(
     r"(\*\.)?([a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*|\[[0-9a-f:.]{2,45}\])(:[1-9][0-9]{0,4})?"
 )
 _ENDPOINT: Final = re.compile(r"https?://([A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[[0-9a-f:.]+\])(:[0-9]{1,5})?/?")
+_HUB: Final = re.compile(r"https?://(?!\*)" + _REGISTRY.pattern + r"(/[A-Za-z0-9][A-Za-z0-9._~-]*)*/?")
 _PROGRAM: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 T = TypeVar("T")
@@ -319,6 +320,11 @@ class MirrorSettings:
     registry: Registries = setting(
         (), 'What differs by registry, a table each: `[mirror.registry."registry.example:5000"]`, see below.', unit="registries"
     )
+    huggingface: str = setting(
+        "https://huggingface.co",
+        "Where the Hugging Face hub answers that `/hf` stands for; empty for none. Another one than this may have a private "
+        "address; where it redirects to (storage) is public, or listed in `egress.allow`.",
+    )
     docker_config: Path | None = setting(
         None,
         "A Docker `config.json` with this node's own credentials (`auths`, `credHelpers`, `credsStore`). Whoever reaches the "
@@ -488,6 +494,9 @@ def check(settings: Settings) -> None:
     for name in settings.mirror.registries:
         if name != "*":
             _registry_name(name, "mirror.registries")
+    hub = settings.mirror.huggingface
+    if hub and not _HUB.fullmatch(hub):
+        raise ConfigError(f"mirror.huggingface = {shown(hub)}: expected http://host:port or https://host:port, or nothing")
     if settings.store.low_watermark > settings.store.high_watermark:
         raise ConfigError(
             f"store.low_watermark ({settings.store.low_watermark}) is above store.high_watermark "

@@ -407,7 +407,10 @@ class DownloadService:
             raise NotPermitted("a fetch needs a URL or a digest")
         if request.no_origin:
             raise NotPermitted("--no-origin needs --digest: which version of a URL is meant is only known from the origin")
-        info = await self._parts.origin.head(request.source)
+        if request.immutable and request.length is not None:
+            info = OriginInfo(request.length)  # the URL names the version, its requester the length: nothing to ask
+        else:
+            info = await self._parts.origin.head(request.source)
         shared = self._may_share(request) and bool(info.validator or request.immutable)
         # Nothing tells two versions apart without a validator: such content is a task of its own each time.
         validator = info.validator or ("" if request.immutable else f"once:{self._parts.rng.getrandbits(128):032x}")

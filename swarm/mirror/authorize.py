@@ -25,7 +25,7 @@ from swarm.mirror.access import ANONYMOUS, Asker
 from swarm.mirror.edges import Grant, MirrorDenied
 from swarm.mirror.flights import Flights
 from swarm.mirror.paths import ClientCredentials, Name
-from swarm.mirror.registry import Registries
+from swarm.mirror.rights import Rights
 from swarm.task import Digest, blob_task
 
 MAX_CLOSED: Final = 4096
@@ -47,6 +47,19 @@ class Opens(Protocol):
     """`Store`, as far as it is needed here."""
 
     def open(self, task_id: bytes) -> StoredTask | None: ...
+
+
+class SaysWhoMay(Protocol):
+    """`registry.Registries` and `hub.Hub`, as far as they are needed here."""
+
+    @property
+    def rights(self) -> Rights: ...
+    def trusts(self, registry: str) -> bool: ...
+    def mode(self, name: Name) -> str: ...
+    def asker(self, name: Name, client: ClientCredentials | None) -> Asker: ...
+    def denied(self, name: Name, asker: Asker, status: int = 401) -> MirrorDenied: ...
+    def refusal(self, name: Name, asker: Asker, status: int, what: str) -> OriginError | MirrorDenied: ...
+    async def may_read(self, name: Name, digest: Digest, asker: Asker, *, manifest: bool | None = None) -> None: ...
 
 
 def held_in(store: Opens) -> Held:
@@ -71,7 +84,7 @@ class Authorizer:
         held: Whether content is here, and private.
     """
 
-    def __init__(self, registries: Registries, held: Held) -> None:
+    def __init__(self, registries: SaysWhoMay, held: Held) -> None:
         self._registries = registries
         self._rights = registries.rights
         self._held = held
@@ -127,12 +140,12 @@ class Authorizer:
             MirrorDenied: Nobody can say, and it may be private.
         """
         now = trio.current_time()
-        if now < self._closed.get(name, now) and self._rights.known(name, digest, ANONYMOUS.tag, now) != 200:
+        if self.is_closed(name) and self._rights.known(name, digest, ANONYMOUS.tag, now) != 200:
             return False
         try:
             await self._ask(name, digest, ANONYMOUS, manifest)
         except MirrorDenied:
-            self._note_closed(name)
+            self.note_closed(name)
             return False
         except NotFoundAtOrigin:
             if asker.is_anonymous:
@@ -184,7 +197,13 @@ class Authorizer:
         while len(self._private) > MAX_PRIVATE:
             self._private.popitem(last=False)
 
-    def _note_closed(self, name: Name) -> None:
+    def is_closed(self, name: Name) -> bool:
+        """Whether it asked for credentials lately."""
+        now = trio.current_time()
+        return now < self._closed.get(name, now)
+
+    def note_closed(self, name: Name) -> None:
+        """It asked for credentials just now."""
         self._closed[name] = trio.current_time() + CLOSED_SECONDS
         self._closed.move_to_end(name)
         while len(self._closed) > MAX_CLOSED:

@@ -16,6 +16,9 @@ from swarm.config import MirrorSettings, RegistrySettings
 from swarm.egress import Reach, Rule
 from swarm.mirror.paths import DOCKER_HUB, Name, parse_registry
 
+HUB: Final = "https://huggingface.co"
+"""The hub that has a public address unless a setting says so; any other was named on purpose."""
+
 WELL_KNOWN: Final = re.compile(
     "|".join(
         (
@@ -88,6 +91,8 @@ class Listed:
             settings.rights,
         )
         places = {found.endpoint(name).place for name in found.names}
+        if settings.huggingface and settings.huggingface.rstrip("/") != HUB:
+            places.add(endpoint_of(settings.huggingface).place)
         hosts = [host for table in tables.values() for host in table.token_hosts]
         return replace(found, places=frozenset(places | {_place(host, s) for host in hosts for s in ("http", "https")}))
 
@@ -119,7 +124,7 @@ class Listed:
 
     def endpoint(self, registry: str) -> Endpoint:
         """Where it answers: https and its own name, unless something else is said."""
-        return _endpoint(self.settings(registry).endpoint or ENDPOINTS.get(registry) or f"https://{registry}")
+        return endpoint_of(self.settings(registry).endpoint or ENDPOINTS.get(registry) or f"https://{registry}")
 
     def rights(self, name: Name) -> str:
         """`auto`, `public`, `verify` or `never`: of the longest repository pattern that fits, the registry, or in general."""
@@ -162,7 +167,12 @@ def egress_rule(settings: MirrorSettings) -> Rule:
 
 
 @lru_cache(maxsize=1024)
-def _endpoint(url: str) -> Endpoint:
+def endpoint_of(url: str) -> Endpoint:
+    """Where a URL leads.
+
+    Raises:
+        ValueError: It is none.
+    """
     parts = urlsplit(url)
     return Endpoint(parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
 

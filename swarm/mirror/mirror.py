@@ -16,6 +16,10 @@ from swarm.errors import ConfigError
 from swarm.metrics import Sample
 from swarm.mirror.authorize import Authorizer, held_in
 from swarm.mirror.catalogue import Catalogue
+from swarm.mirror.hub import Hub
+from swarm.mirror.hub_catalogue import HubCatalogue
+from swarm.mirror.hub_files import HubFiles
+from swarm.mirror.hub_routes import HubRoutes
 from swarm.mirror.images import Images
 from swarm.mirror.pulls import Pulls
 from swarm.mirror.registry import Reader, Registries
@@ -56,6 +60,9 @@ class Mirror:
         self._service = service
         self._registries = Registries(settings, origin)
         self._authorizer = Authorizer(self._registries, held_in(store))
+        self._store = store
+        self._hub = Hub(settings, origin) if settings.huggingface else None
+        self._hub_catalogue = HubCatalogue(self._hub.host if self._hub is not None else "", directory / "mirror.hub")
         self.catalogue = Catalogue(directory / "mirror.state")
         self.tally = Tally()
         self._resolver: Resolver | None = None
@@ -77,7 +84,10 @@ class Mirror:
                         self._registries, self._authorizer, self._service, self.catalogue, self._settings, self.tally,
                         nursery=nursery,
                     )  # fmt: skip
-                    routes = Routes(self._registries, self._authorizer, self._service, resolver, self._settings, self.tally)
+                    routes = Routes(
+                        self._registries, self._authorizer, self._service, resolver, self._settings, self.tally,
+                        hub=self._hub_routes(),
+                    )  # fmt: skip
                     server = MirrorServer(routes, self._service, self._settings, self.tally, pulls)
                     self._resolver, self._server = resolver, server
                     nursery.start_soon(self._keep_house, pulls)
@@ -87,6 +97,14 @@ class Mirror:
                 self._resolver = self._server = None
                 pulls.expire(float("inf"))
                 self.catalogue.save()
+                self._hub_catalogue.save()
+
+    def _hub_routes(self) -> HubRoutes | None:
+        if self._hub is None:
+            return None
+        authorizer = Authorizer(self._hub, held_in(self._store))
+        files = HubFiles(self._hub, authorizer, self._service, self._store, self._hub_catalogue, self._settings, self.tally)
+        return HubRoutes(self._hub.host, files, self._service, self._settings)
 
     async def drain(self) -> None:
         """Take no further request, and wait for the answers under way."""
@@ -99,9 +117,10 @@ class Mirror:
             await trio.sleep(HOUSEKEEPING_SECONDS)
             now = trio.current_time()
             pulls.expire(now)
-            if self.catalogue.changed and now - saved >= SAVE_SECONDS:
+            if now - saved >= SAVE_SECONDS:
                 saved = now
                 self.catalogue.save()
+                self._hub_catalogue.save()
 
     def resolver(self) -> Resolver:
         """The running resolver.

@@ -69,6 +69,9 @@ class Kind(Enum):
     BLOB = "blob"
     TAGS = "tags"
     REFERRERS = "referrers"
+    FILE = "file"
+    """Of the hub, as `API`; see `hub_paths`."""
+    API = "api"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Final
 
 import structlog
 
-from swarm.mirror.paths import Kind, Name
+from swarm.mirror.paths import Kind, Name, Target
 from swarm.mirror.routes import Answer, Blob
 from swarm.mirror.sending import Sent
 from swarm.task import Digest
@@ -64,6 +64,9 @@ class Pulls:
         """A request was answered."""
         target = answer.target
         if target is None or target.name is None or method != "GET":
+            return
+        if target.kind is Kind.FILE:
+            _report_file(client, target, answer, sent, began, now, outcome)
             return
         if target.kind is Kind.MANIFEST and answer.status == 200:
             self._begin(client, target.name, target.reference, answer, now)
@@ -128,6 +131,24 @@ class Pulls:
             seconds=round(pull.latest - pull.began, 3),
             slowest_first_byte=round(pull.first_byte, 3) if pull.first_byte is not None else None,
         )
+
+
+def _report_file(client: str, target: Target, answer: Answer, sent: Sent, began: float, now: float, outcome: str) -> None:
+    """One line a file of a hub that was asked for whole; those who read ranges read hundreds."""
+    if answer.status != 200:
+        return
+    log.info(
+        "pulled",
+        file=f"{target.name}@{target.reference}",
+        client=client,
+        outcome=outcome,
+        length=answer.length,
+        from_store=sent.sources["store"],
+        from_peers=sent.sources["peers"],
+        from_origin=sent.sources["origin"] or (len(answer.body) if isinstance(answer.body, bytes) else 0),
+        seconds=round(now - began, 3),
+        first_byte=round(sent.first_byte - began, 3) if sent.first_byte is not None else None,
+    )
 
 
 def _digest_of(answer: Answer) -> Digest | None:

@@ -22,6 +22,10 @@ class Span:
     partial: bool = False
     prefix: bool = True
 
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
 
 class NoSuchRange(Exception):
     """416: none of the bytes asked for is there."""

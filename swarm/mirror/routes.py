@@ -5,9 +5,10 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Final, assert_never
+from functools import partial
+from typing import Final, Protocol, assert_never
 
 import structlog
 import trio
@@ -28,6 +29,7 @@ from swarm.errors import (
     SwarmError,
 )
 from swarm.mirror.edges import Authorizer, Grant, ManifestInfo, MirrorError, Registries
+from swarm.mirror.hub_paths import PREFIX
 from swarm.mirror.paths import ClientCredentials, Kind, Name, Target, parse_target
 from swarm.mirror.ranges import NoSuchRange, Span, choose_span, is_fresh, may_resume
 from swarm.mirror.requests import Request
@@ -60,7 +62,7 @@ class Blob:
 
 @dataclass(slots=True)
 class Answer:
-    """An answer.  `length` is what `Content-Length` says: for HEAD there is no body.
+    """An answer.  `length` is what `Content-Length` says: for HEAD there is no body, and `None` says nothing.
 
     Attributes:
         target: What was asked for, where that was understood.
@@ -69,7 +71,7 @@ class Answer:
     status: int
     headers: list[tuple[str, str]] = field(default_factory=list)
     body: bytes | Blob = b""
-    length: int = 0
+    length: int | None = 0
     target: Target | None = None
 
     @property
@@ -81,8 +83,18 @@ class Answer:
         return self.target.kind.value if self.target is not None else "none"
 
 
+class Face(Protocol):
+    """Answers requests of its own kind (`hub_routes.HubRoutes`); errors are answers too."""
+
+    async def answer(self, request: Request) -> Answer: ...
+
+
 class Routes:
-    """Answers one request after another; knows no connection."""
+    """Answers one request after another; knows no connection.
+
+    Args:
+        hub: Answers what begins with `hub_paths.PREFIX`.
+    """
 
     def __init__(
         self,
@@ -92,20 +104,24 @@ class Routes:
         resolver: Resolver,
         settings: MirrorSettings,
         tally: Tally,
+        hub: Face | None = None,
     ) -> None:
+        self._hub = hub
         self._registries = registries
         self._authorizer = authorizer
         self._service = service
         self._resolver = resolver
         self._settings = settings
         self._tally = tally
-        self._hosts = frozenset(host.lower() for host in (*settings.hosts, "localhost"))
+        self._hosts = names_of(settings)
 
     async def answer(self, request: Request) -> Answer:
         """The answer, within the time that the configuration allows; errors are answers too."""
+        if self._hub is not None and request.target.startswith(PREFIX):
+            return self._counted(request, await self._hub.answer(request), common=COMMON[1:])
         target: Target | None = None
         try:
-            self._check(request)
+            check_is_meant(request, self._hosts)
             target = parse_target(request.target)
             with trio.move_on_after(self._settings.answer_timeout):
                 answer = await self._route(request, target)
@@ -126,37 +142,16 @@ class Routes:
             log.warning("mirror_failed", status=failed.status, reason=str(error), **_what(target))
         return self._counted(request, failed)
 
-    def _counted(self, request: Request, answer: Answer) -> Answer:
+    def _counted(self, request: Request, answer: Answer, common: tuple[tuple[str, str], ...] = COMMON) -> Answer:
         # A name only gets a row of its own once it stood for something: anybody can ask for anything.
         label = self._tally.label(answer.registry, new=answer.status < 400) if answer.registry else ""
         self._tally.answers[label, answer.kind, answer.status] += 1
-        answer.headers += COMMON
+        answer.headers += common
         if request.method == "HEAD":
             answer.body = b""
         if answer.target is not None and answer.target.namespace:
             answer.headers.append(("OCI-Namespace", answer.target.namespace))
         return answer
-
-    def _check(self, request: Request) -> None:
-        """Refuse what is no business of a mirror: changes, and what a web page could make a browser send (SECURITY: T17)."""
-        if request.method not in ("GET", "HEAD"):
-            raise MirrorError(405, "UNSUPPORTED", "this mirror is read-only: push to the registry itself")
-        host = request.header("host")
-        if host is None or not self._is_ours(host):
-            raise MirrorError(403, "DENIED", "this mirror does not answer under that name; see mirror.hosts")
-        if request.header("origin") is not None:
-            raise MirrorError(403, "DENIED", "requests from web pages are refused")
-
-    def _is_ours(self, host_untrusted: str) -> bool:
-        """A literal address cannot be rebound; a name must be one of ours."""
-        match = _HOST.fullmatch(host_untrusted)
-        if match is None:
-            return False
-        try:
-            ipaddress.ip_address(match[1] or match[2])
-        except ValueError:
-            return match[2] is not None and match[2].lower().rstrip(".") in self._hosts
-        return True
 
     async def _route(self, request: Request, target: Target) -> Answer:
         name = target.name
@@ -166,7 +161,7 @@ class Routes:
             raise MirrorError(
                 403, "DENIED", f"{name.registry} is not among the registries of this mirror; see mirror.registries"
             )
-        client = _credentials(request)
+        client = credentials_of(request)
         match target.kind:
             case Kind.MANIFEST:
                 return await self._manifest(request, target, name, client)
@@ -178,6 +173,8 @@ class Routes:
                 return await self._pass_through(request, target, name, client)
             case Kind.BASE:
                 return _base(request)
+            case Kind.FILE | Kind.API:
+                raise MirrorError(404, "UNSUPPORTED", "no such route")
             case _:
                 assert_never(target.kind)
 
@@ -215,25 +212,8 @@ class Routes:
             return Answer(304, headers)
         if request.method == "HEAD":
             return Answer(200, headers, length=await self._service.length_of(wanted()))
-        spans: list[tuple[Span, int]] = []
-        ranged = request.header("range") if may_resume(request.header("if-range"), etag(digest)) else None
-
-        def span(length: int) -> tuple[int, int]:
-            try:
-                chosen = choose_span(ranged, length)
-            except NoSuchRange:
-                refused = MirrorError(416, "UNSUPPORTED", "the blob does not have these bytes")
-                refused.headers = (("Content-Range", f"bytes */{length}"),)
-                raise refused from None
-            spans.append((chosen, length))
-            return chosen.start, chosen.stop
-
-        prefix = ranged is None or not _is_bounded(ranged)
-        reader = await self._open(wanted, digest, span, prefix)
-        chosen, length = spans[-1]
-        if chosen.partial:
-            headers.append(("Content-Range", f"bytes {chosen.start}-{chosen.stop - 1}/{length}"))
-        return Answer(206 if chosen.partial else 200, headers, Blob(reader, wanted), chosen.stop - chosen.start)
+        opens = partial(self._open, wanted, digest)
+        return await body_of(request, etag(digest), headers, opens, wanted)
 
     async def _open(
         self, wanted: Callable[[], FetchRequest], digest: Digest, span: Callable[[int], tuple[int, int]], prefix: bool
@@ -270,6 +250,83 @@ class Routes:
         tail = "tags/list" if target.kind is Kind.TAGS else f"referrers/{target.reference}"
         passed = await self._registries.pass_through(name, tail, target.query, client)
         return Answer(passed.status, list(passed.headers), passed.body, len(passed.body))
+
+
+def names_of(settings: MirrorSettings) -> frozenset[str]:
+    """Host names under which the mirror answers, beside addresses."""
+    return frozenset(host.lower() for host in (*settings.hosts, "localhost"))
+
+
+def check_is_meant(request: Request, hosts: frozenset[str], *, methods: tuple[str, ...] = ("GET", "HEAD")) -> None:
+    """Refuse what is no business of a mirror: changes, and what a web page could make a browser send (SECURITY: T17).
+
+    Raises:
+        MirrorError: 403 or 405.
+    """
+    if request.method not in methods:
+        raise MirrorError(405, "UNSUPPORTED", "this mirror is read-only: push to the registry itself")
+    host = request.header("host")
+    if host is None or not _is_ours(host, hosts):
+        raise MirrorError(403, "DENIED", "this mirror does not answer under that name; see mirror.hosts")
+    if request.header("origin") is not None:
+        raise MirrorError(403, "DENIED", "requests from web pages are refused")
+
+
+def _is_ours(host_untrusted: str, hosts: frozenset[str]) -> bool:
+    """A literal address cannot be rebound; a name must be one of ours."""
+    match = _HOST.fullmatch(host_untrusted)
+    if match is None:
+        return False
+    try:
+        ipaddress.ip_address(match[1] or match[2])
+    except ValueError:
+        return match[2] is not None and match[2].lower().rstrip(".") in hosts
+    return True
+
+
+Opens = Callable[[Callable[[int], tuple[int, int]], bool], Awaitable[Reader]]
+"""From a function of the length that says which bytes are wanted, and whether the client has what is before them, to a reader
+whose first bytes are there."""
+
+
+async def body_of(
+    request: Request, tag: str, headers: list[tuple[str, str]], opens: Opens, reopen: Callable[[], FetchRequest]
+) -> Answer:
+    """The answer to a GET of content: all of it, or the range that is asked for.
+
+    Raises:
+        MirrorError: 416, none of it is there.
+        SwarmError: As `opens`.
+    """
+    spans: list[tuple[Span, int]] = []
+    ranged = request.header("range") if may_resume(request.header("if-range"), tag) else None
+
+    def span(length: int) -> tuple[int, int]:
+        spans.append((span_of(ranged, length), length))
+        return spans[-1][0].start, spans[-1][0].stop
+
+    reader = await opens(span, ranged is None or not _is_bounded(ranged))
+    chosen, length = spans[-1]
+    return Answer(206 if chosen.partial else 200, [*headers, *range_of(chosen, length)], Blob(reader, reopen), chosen.size)
+
+
+def span_of(range_untrusted: str | None, length: int) -> Span:
+    """As `choose_span`.
+
+    Raises:
+        MirrorError: 416.
+    """
+    try:
+        return choose_span(range_untrusted, length)
+    except NoSuchRange:
+        refused = MirrorError(416, "UNSUPPORTED", "the content does not have these bytes")
+        refused.headers = (("Content-Range", f"bytes */{length}"),)
+        raise refused from None
+
+
+def range_of(span: Span, length: int) -> list[tuple[str, str]]:
+    """The header that names the bytes of an answer of a part."""
+    return [("Content-Range", f"bytes {span.start}-{span.stop - 1}/{length}")] if span.partial else []
 
 
 def failure(error: SwarmError, target: Target | None) -> Answer:
@@ -336,7 +393,7 @@ def _is_bounded(range_untrusted: str) -> bool:
         return True
 
 
-def _credentials(request: Request) -> ClientCredentials | None:
+def credentials_of(request: Request) -> ClientCredentials | None:
     header = request.header("authorization")
     if header is None:
         return None

@@ -104,7 +104,7 @@ class Sender:
 
     def _head(self, answer: Answer) -> bytes:
         headers = [("Date", formatdate(usegmt=True)), *answer.headers]
-        if answer.status != 304:
+        if answer.status != 304 and answer.length is not None:
             headers.append(("Content-Length", str(answer.length)))
         response = h11.Response(status_code=answer.status, headers=[(n.encode(), v.encode("latin-1")) for n, v in headers])
         return self._http.send(response) or b""

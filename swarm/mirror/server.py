@@ -130,7 +130,7 @@ class MirrorServer:
 
     async def _answer(self, sender: Sender, request: Request, client: str) -> bool:
         began = trio.current_time()
-        if request.method == "GET" and b"/blobs/" in request.target:
+        if request.method == "GET" and (b"/blobs/" in request.target or b"/resolve/" in request.target):
             # May take seconds, and a download must not go on for somebody who has left.
             answer = await sender.unless_gone(partial(self._routes.answer, request))
         else:

@@ -234,7 +234,7 @@ class HttpOrigin:
         retries = Retries(self._settings.retries, self._settings.retry_seconds, self._rng, trio.current_time())
         while True:
             try:
-                answer = await self._authorized(source, method, asked, form)
+                answer = await self._authorized(source, method, asked, form, accept & _REDIRECTS)
                 if answer.status in accept:
                     return answer
                 await answer.drain()
@@ -249,15 +249,17 @@ class HttpOrigin:
                 log.debug("origin_retry", host=split_url(source.url).hostname, cause=failure.cause.value, delay=round(delay, 3))
                 await trio.sleep(delay)
 
-    async def _authorized(self, source: Source, method: str, asked: list[tuple[str, str]], form: bytes) -> Exchange:
+    async def _authorized(
+        self, source: Source, method: str, asked: list[tuple[str, str]], form: bytes, ends: frozenset[int]
+    ) -> Exchange:
         """One walk; where the source's own host asks for credentials, again with what those turn out to be."""
         authorization = source.authorization
         if authorization is None:
-            return await self._walk(source, self._first_hop(source), method, asked, form)
+            return await self._walk(source, self._first_hop(source), method, asked, form, ends)
         for attempt in range(1, MAX_AUTHORIZATIONS + 1):
             given = await authorization.headers()
             first = self._first_hop(source, given)
-            answer = await self._walk(source, first, method, asked, form)
+            answer = await self._walk(source, first, method, asked, form, ends)
             # A storage host that a redirect leads to has no say in where credentials go.
             if answer.status != 401 or not answer.target.is_host_of(first.target) or attempt == MAX_AUTHORIZATIONS:
                 break
@@ -266,8 +268,10 @@ class HttpOrigin:
             await answer.drain()
         return answer
 
-    async def _walk(self, source: Source, first: Hop, method: str, asked: list[tuple[str, str]], form: bytes) -> Exchange:
-        """Follow redirects from the start, or from where the last walk ended."""
+    async def _walk(
+        self, source: Source, first: Hop, method: str, asked: list[tuple[str, str]], form: bytes, ends: frozenset[int]
+    ) -> Exchange:
+        """Follow redirects from the start, or from where the last walk ended; one of `ends` is an answer itself."""
         if form:
             return await self._exchange(first, method, asked, form)
         hop = self._recall(source) if method == "GET" else None
@@ -280,7 +284,7 @@ class HttpOrigin:
         hop = first
         for _ in range(MAX_REDIRECTS + 1):
             answer = await self._exchange(hop, method, asked)
-            if answer.status not in _REDIRECTS:
+            if answer.status not in _REDIRECTS or answer.status in ends:
                 if hop is not first and method == "GET" and answer.status in (200, 206):
                     self._remember(source, hop)
                 return answer

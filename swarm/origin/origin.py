@@ -64,7 +64,7 @@ class OriginReader:
         """One question to an http(s) source, its answer as a whole: what a registry says beside contents.
 
         Args:
-            accept: Statuses that are an answer; others are failures, as in `head`.
+            accept: Statuses that are an answer; others are failures, as in `head`.  A redirect among them is not followed.
             max_bytes: A longer body is an error.
             form: URL-encoded body of a POST, which no redirect takes anywhere.
 

@@ -242,6 +242,12 @@ class Client:
         request = h11.Request(method=method, target=path, headers=[("Host", host), *headers])
         await self.stream.send_all((self._http.send(request) or b"") + (self._http.send(h11.EndOfMessage()) or b""))
 
+    async def post(self, path: str, body: bytes, *headers: tuple[str, str]) -> Reply:
+        framed = [("Host", "localhost"), ("Content-Length", str(len(body))), *headers]
+        events = [h11.Request(method="POST", target=path, headers=framed), h11.Data(data=body), h11.EndOfMessage()]
+        await self.stream.send_all(b"".join(self._http.send(event) or b"" for event in events))
+        return await self.reply()
+
     async def reply(self) -> Reply:
         head = await self.event()
         assert isinstance(head, h11.Response), head
