@@ -218,7 +218,7 @@ class HubFiles:
 
     def _note_stale(self, name: Name, what: str, error: OriginError) -> None:
         self._tally.stale[self._tally.label(name.registry)] += 1
-        log.warning("mirror_hub_stale", repository=str(name), asked=what, reason=str(error))
+        log.warning("mirror_hub_stale", name=str(name), reference=what, reason=str(error))
 
     # --- what the API says ----------------------------------------------------------------------------------------
 
@@ -278,7 +278,7 @@ class HubFiles:
             except (OriginError, NotPermitted) as error:
                 if not is_small or isinstance(error, OriginUnreachable):
                     raise
-                log.info("mirror_file_not_from_swarm", file=f"{found.name}:{found.path}", reason=str(error))
+                log.info("mirror_file_not_from_swarm", name=str(found.name), path=found.path, reason=str(error))
         body = await self._hub.read(found.source, MAX_SMALL_BYTES)
         if found.info.is_git and git_id(body) != found.info.etag:
             raise OriginError(f"{self._hub.host} sends another file than the one it has under {found.info.etag}")
@@ -310,7 +310,13 @@ class HubFiles:
             await trio.lowlevel.checkpoint()
         if hasher.hexdigest() == found.info.etag:
             return
-        log.warning("mirror_file_is_wrong", file=f"{found.name}:{found.path}", git=found.info.etag, peers=fetched.from_peers)
+        log.warning(
+            "mirror_file_is_wrong",
+            name=str(found.name),
+            path=found.path,
+            content=found.info.etag,
+            from_peers=fetched.from_peers,
+        )
         stored.close()
         await self._drop(fetched.task_id)
         raise OriginError(f"what came is not the file that {self._hub.host} has under {found.info.etag}")

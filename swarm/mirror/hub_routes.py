@@ -166,4 +166,4 @@ def hub_failure(error: SwarmError) -> Answer:
 def _what(target: Target | None) -> dict[str, str]:
     if target is None or target.name is None:
         return {}
-    return {"repository": str(target.name), "asked": target.reference}
+    return {"name": str(target.name), "reference": target.reference}

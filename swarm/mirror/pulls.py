@@ -139,7 +139,8 @@ def _report_file(client: str, target: Target, answer: Answer, sent: Sent, began:
         return
     log.info(
         "pulled",
-        file=f"{target.name}@{target.reference}",
+        name=str(target.name),
+        reference=target.reference,
         client=client,
         outcome=outcome,
         length=answer.length,
@@ -147,7 +148,7 @@ def _report_file(client: str, target: Target, answer: Answer, sent: Sent, began:
         from_peers=sent.sources["peers"],
         from_origin=sent.sources["origin"] or (len(answer.body) if isinstance(answer.body, bytes) else 0),
         seconds=round(now - began, 3),
-        first_byte=round(sent.first_byte - began, 3) if sent.first_byte is not None else None,
+        slowest_first_byte=round(sent.first_byte - began, 3) if sent.first_byte is not None else None,
     )
 
 

@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
@@ -21,10 +22,12 @@ LARGE: Final = (".safetensors", ".bin", ".parquet")
 SIGNED_SECONDS: Final = 3600.0
 
 
+@lru_cache(maxsize=4096)
 def git_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
+@lru_cache(maxsize=4096)
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -254,7 +257,8 @@ class FakeHub:
         right = hmac.new(self.key, f"{digest} {until}".encode(), "sha256").hexdigest()
         if not hmac.compare_digest(right, signature) or now > float(until) or "authorization" in headers:
             return HubReply(403, {}, b"<Error>AccessDenied</Error>")
-        found = {sha256(c): (p, c) for it in self.repositories.values() for f in it.commits.values() for p, c in f.items()}
+        commits = [files for it in self.repositories.values() for files in it.commits.values()]
+        found = {sha256(body): (path, body) for files in commits for path, body in files.items() if is_large(path)}
         path, content = found[digest]
         reply = ranged(question, self.lies.get(path, content), {"etag": f'"storage-{digest[:8]}"'})
         if method == "GET":
