@@ -41,6 +41,9 @@ MAX_HOPS: Final = 5
 """Redirects on the hub itself: of renamed repositories, and to where it keeps small files."""
 
 MAX_REFUSALS: Final = 4096
+MAX_PLACES: Final = 4096
+"""Files asked about lately; each is noted before anything is asked about it."""
+
 MAX_WORDS_CHARS: Final = 512
 UNKNOWN_READER: Final = "Invalid credentials in Authorization header"
 """What the hub says of a token that it does not know; any other 401 is about the repository."""
@@ -159,9 +162,12 @@ class TokenOf:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    revision: str
+class Place:
+    """Where an identity was found."""
+
+    name: Name
     path: str
+    info: FileInfo
 
 
 class Hub:
@@ -182,7 +188,8 @@ class Hub:
         self._seconds = settings.registry_timeout
         self._rights_seconds = settings.rights_cache
         self.rights = Rights(settings.rights_stale)
-        self._places: OrderedDict[tuple[Name, Digest], _Place] = OrderedDict()
+        self._places: OrderedDict[tuple[Name, Digest], Place] = OrderedDict()
+        self._latest: OrderedDict[Digest, Place] = OrderedDict()
         self._refusals: OrderedDict[tuple[Name, bytes, int], Refusal] = OrderedDict()
         self._silent_until = 0.0
 
@@ -228,7 +235,7 @@ class Hub:
         if place is None:
             raise NotFoundAtOrigin("forgotten which file this is; ask again")
         try:
-            info = await self.file(name, place.revision, place.path, asker)
+            info = await self.file(name, place.info.commit, place.path, asker)
         except (HubDenied, HubMissing) as error:
             self.rights.note(name, digest, asker.tag, error.refusal.status, trio.current_time(), self._rights_seconds)
             raise
@@ -237,9 +244,14 @@ class Hub:
 
     def note_place(self, name: Name, path: str, info: FileInfo) -> Digest:
         """Remember where an identity is, for `may_read`."""
-        identity = info.identity(name, path)
-        _put(self._places, (name, identity), _Place(info.commit, path), MAX_REFUSALS)
+        identity, place = info.identity(name, path), Place(name, path, info)
+        _put(self._places, (name, identity), place, MAX_PLACES)
+        _put(self._latest, identity, place, MAX_PLACES)
         return identity
+
+    def place_of(self, identity: Digest) -> Place | None:
+        """Where it was found last; there is but one place for what is no digest."""
+        return self._latest.get(identity)
 
     # --- files ----------------------------------------------------------------------------------------------------
 
@@ -293,9 +305,13 @@ class Hub:
         size = int(length) if length else None
         return FileInfo(commit, etag[1], size)
 
+    def url(self, name: Name, info: FileInfo, path: str) -> str:
+        """Where this version of a file is, for ever."""
+        return self._base + file_route(name.repository, info.commit, path)
+
     def source(self, name: Name, info: FileInfo, path: str, asker: Asker) -> Source:
         """Where the content is read; with the token of an asker that needs one."""
-        url = self._base + file_route(name.repository, info.commit, path)
+        url = self.url(name, info, path)
         return Source(url, requester="mirror", authorization=TokenOf(asker) if not asker.is_anonymous else None)
 
     async def read(self, source: Source, max_bytes: int) -> bytes:

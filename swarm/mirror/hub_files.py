@@ -23,7 +23,7 @@ from swarm.download.request import Fetched, FetchRequest
 from swarm.edges import Source, StoredTask
 from swarm.errors import NotFoundAtOrigin, NotPermitted, OriginError, OriginUnreachable, SwarmError
 from swarm.mirror.access import ANONYMOUS, Asker
-from swarm.mirror.authorize import Authorizer
+from swarm.mirror.authorize import Authorizer, Held, Opens, held_in
 from swarm.mirror.edges import Grant
 from swarm.mirror.flights import Flights
 from swarm.mirror.hub import ApiAnswer, FileInfo, Hub, HubDenied, HubMissing, Refusal
@@ -32,7 +32,7 @@ from swarm.mirror.hub_paths import HubTarget, is_commit
 from swarm.mirror.paths import ClientCredentials, Name
 from swarm.mirror.resolve import Contained
 from swarm.mirror.tally import Tally
-from swarm.task import Digest
+from swarm.task import Digest, url_task
 
 SWARM_SECONDS: Final = 4.0
 """A small file that the swarm has not brought by then is read by this node itself, within what clients wait for an answer."""
@@ -80,6 +80,28 @@ class Found:
         return FetchRequest(
             self.source, digest, share=self.grant.shared, private=self.grant.private, length=self.info.size, immutable=True
         )
+
+
+def held_files(hub: Hub, catalogue: HubCatalogue, store: Opens) -> Held:
+    """What the store knows of an identity: of what is no digest, under every name that its content may lie."""
+    by_digest = held_in(store)
+
+    def held(identity: Digest) -> bool | None:
+        place = hub.place_of(identity)
+        if place is None or place.info.digest is not None:
+            return by_digest(identity)
+        known = catalogue.content(place.name, place.info.etag)
+        if known is not None and (found := by_digest(known)) is not None:
+            return found
+        stored = store.open(url_task(hub.url(place.name, place.info, place.path)).id)
+        if stored is None:
+            return None
+        try:
+            return stored.private
+        finally:
+            stored.close()
+
+    return held
 
 
 class Arrived(Reader):

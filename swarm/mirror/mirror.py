@@ -18,7 +18,7 @@ from swarm.mirror.authorize import Authorizer, held_in
 from swarm.mirror.catalogue import Catalogue
 from swarm.mirror.hub import Hub
 from swarm.mirror.hub_catalogue import HubCatalogue
-from swarm.mirror.hub_files import HubFiles
+from swarm.mirror.hub_files import HubFiles, held_files
 from swarm.mirror.hub_routes import HubRoutes
 from swarm.mirror.images import Images
 from swarm.mirror.pulls import Pulls
@@ -102,7 +102,7 @@ class Mirror:
     def _hub_routes(self) -> HubRoutes | None:
         if self._hub is None:
             return None
-        authorizer = Authorizer(self._hub, held_in(self._store))
+        authorizer = Authorizer(self._hub, held_files(self._hub, self._hub_catalogue, self._store))
         files = HubFiles(self._hub, authorizer, self._service, self._store, self._hub_catalogue, self._settings, self.tally)
         return HubRoutes(self._hub.host, files, self._service, self._settings)
 

@@ -16,11 +16,11 @@ from swarm.config import MirrorSettings
 from swarm.download.policy import Policy
 from swarm.download.service import DownloadService
 from swarm.egress import EgressPolicy, EgressSettings
-from swarm.mirror.authorize import Authorizer, held_in
+from swarm.mirror.authorize import Authorizer
 from swarm.mirror.catalogue import Catalogue
 from swarm.mirror.hub import Hub
 from swarm.mirror.hub_catalogue import HubCatalogue
-from swarm.mirror.hub_files import HubFiles
+from swarm.mirror.hub_files import HubFiles, held_files
 from swarm.mirror.hub_routes import HubRoutes
 from swarm.mirror.listed import egress_rule
 from swarm.mirror.pulls import Pulls
@@ -108,6 +108,11 @@ class HubDesk:
         async with client.stream:
             return await client.post(f"/hf{path}", body, *given)
 
+    def forget_rights(self) -> None:
+        """As after a restart: what is on the disk stays."""
+        for table in (self.authorizer._closed, self.authorizer._private, self.asks.rights._kept, self.asks._refusals):
+            table.clear()
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         egress = EgressPolicy(
             EgressSettings(),
@@ -129,8 +134,8 @@ class HubDesk:
                 self.service = service
                 await nursery.start(service.run)
                 self.asks = Hub(self.settings, origin)
-                self.authorizer = Authorizer(self.asks, held_in(self.store))
                 self.catalogue = HubCatalogue(HUB, self.state)
+                self.authorizer = Authorizer(self.asks, held_files(self.asks, self.catalogue, self.store))
                 self.files = HubFiles(
                     self.asks, self.authorizer, service, self.store, self.catalogue, self.settings, self.tally,
                     wall_clock=lambda: self.wall,

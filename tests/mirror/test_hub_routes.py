@@ -503,16 +503,25 @@ async def test_verify_asks_for_every_client_also_what_is_public(desk: HubDesk) -
     assert (await desk.get(f"/{REPOSITORY}/resolve/main/config.json", "carol")).status in (502, 503)
 
 
-@runs()
-async def test_the_mark_of_a_private_file_is_kept_when_it_is_public_elsewhere_in_the_api(desk: HubDesk) -> None:
-    """A gated repository lists its files to everybody; that a list was public says nothing of the files."""
-    commit = desk.hub.push("team/gated", FILES, readers={"alice"}, gated=True)
-    assert (await desk.get("/api/models/team/gated/tree/main?recursive=true")).status == 200
-    assert (await desk.get(f"/team/gated/resolve/{commit}/config.json", "alice")).body == CONFIG
-    assert (await desk.get(f"/team/gated/resolve/{commit}/config.json")).headers["x-error-code"] == "GatedRepo"
-    desk.is_down = True
-    assert (await desk.get(f"/team/gated/resolve/{commit}/model.safetensors")).status in (401, 503)
-    assert all(entry.private for entry in desk.store.entries())
+@pytest.mark.parametrize("path", ["model.safetensors", "config.json"])
+def test_a_list_that_everybody_sees_opens_no_file_that_needed_a_token(path: str) -> None:
+    """A gated repository shows its list to everybody.  With the hub down and rights forgotten, the mark of the file counts."""
+
+    async def script(desk: HubDesk) -> None:
+        commit = desk.hub.push("team/gated", FILES, readers={"alice"}, gated=True)
+        where = f"/team/gated/resolve/{commit}/{path}"
+        assert (await desk.get(where, "alice")).body == FILES[path]
+        assert (await desk.get(where)).status == 401
+        assert all(entry.private for entry in desk.store.entries())
+        assert (await desk.get("/api/models/team/gated/tree/main?recursive=true")).status == 200
+        desk.is_down = True
+        desk.forget_rights()
+        for token in ("", "mallory"):
+            reply = await desk.get(where, token)
+            assert reply.status in (502, 503)
+            assert FILES[path] not in reply.body
+
+    play(script)
 
 
 # --- hubs that fail or lie --------------------------------------------------------------------------------------------

@@ -33,15 +33,16 @@ def pushed(registry: Registry, tag: str) -> Image:
     images = registry.images
     config = images.blob(b'{"descriptor": {"name": "m"}, "modelfs": {"type": "layers"}}', f"{MODEL}.config.v1+json")
     layers: list[tuple[Descriptor, str]] = [(images.blob(body, kind), name) for name, (kind, body) in PARTS.items()]
+    manifest_type = "application/vnd.oci.image.manifest.v1+json"
     document = {
         "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "mediaType": manifest_type,
         "artifactType": f"{MODEL}.manifest.v1+json",
         "config": config.as_json(),
         "layers": [{**it.as_json(), "annotations": {"org.opencontainers.image.title": name}} for it, name in layers],
         "annotations": {"org.example.of": "tests"},
     }
-    top = images.blob(json.dumps(document).encode(), document["mediaType"])
+    top = images.blob(json.dumps(document).encode(), manifest_type)
     artifact = Image(top, (top,), (config, *(it for it, _ in layers)))
     registry.push(artifact, "team/model", tag)
     return artifact
