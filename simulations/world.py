@@ -32,6 +32,7 @@ from swarm.task import Digest, Geometry
 
 MBIT = 1_000_000 / 8
 URL = "http://origin.example/content"
+PART_BYTES = 64 * 1024 * 1024
 DEAD_SECONDS = 30.0
 """Silence after which neighbours give a node up (`swarm.peer.connection`)."""
 
@@ -70,7 +71,9 @@ class Content:
     """One real content in memory, with the digests of its pieces."""
 
     def __init__(self, length: int, seed: int) -> None:
-        self.bytes = Random(seed).randbytes(length)
+        rng = Random(seed)
+        # In parts: `randbytes` overflows at 256 MiB.
+        self.bytes = b"".join([rng.randbytes(min(PART_BYTES, length - at)) for at in range(0, length, PART_BYTES)])
         self.geometry = Geometry.of(length)
         self.digest = Digest("sha256", hashlib.sha256(self.bytes).hexdigest())
         self.digests = [blake3(self.piece(i)).digest() for i in range(self.geometry.piece_count)]

@@ -122,16 +122,18 @@ def choose_requests(
     for waiting in requests.queued:
         fresh[waiting] = False
     queued = policy.queued_at_each(len(neighbours))
-    order = [n for n in neighbours if len(n.queued) < queued and n.paused_until <= now]
+    # What has waited long sits in the queue of a node that everybody asks, or is no longer rare there, and whatever is goes
+    # before it: something else is asked for in its place.
+    overdue = now - patience
+    expected = {n.node_id: sum(asked > overdue for asked in n.queued.values()) for n in neighbours}
+    room = policy.outstanding - len(requests.arriving) - sum(expected.values())
+    most = max(queued, policy.queued_overdue)
+    order = [n for n in neighbours if expected[n.node_id] < queued and len(n.queued) < most and n.paused_until <= now]
     rng.shuffle(order)
     order.sort(key=lambda neighbour: len(neighbour.queued))
     busy = fetching or bool(requests.arriving)
-    # What has waited long sits in the queue of a node that everybody asks; others are asked in its place.
-    expected_since = now - patience
-    expected = sum(asked > expected_since for neighbour in neighbours for asked in neighbour.queued.values())
-    room = policy.outstanding - len(requests.arriving) - expected
     for neighbour in order:
-        while len(neighbour.queued) < queued and len(chosen) < room:
+        while expected[neighbour.node_id] < queued and len(neighbour.queued) < most and len(chosen) < room:
             piece = _pick(fresh & neighbour.held, counts, rng, first)
             spare = piece is None
             if piece is None and not neighbour.queued and len(requests.arriving) < policy.spare_arriving:
@@ -140,6 +142,7 @@ def choose_requests(
                 break
             fresh[piece] = False
             requests.add(neighbour, piece, now)
+            expected[neighbour.node_id] += 1
             chosen.append((neighbour, piece, spare))
     return chosen
 

@@ -27,7 +27,7 @@ from swarm.task import MIN_PIECE_BYTES, Digest, Geometry, Task, blob_task, url_t
 
 URL = "http://origin.example/file"
 WALL = 1_800_000_000
-POLICY = Policy(queued_at_few=1)  # one request at a time, so that a script can answer one after the other
+POLICY = Policy(queued_at_few=1, queued_overdue=1)  # one request at a time, so that a script can answer one after the other
 
 Told = TypeVar("Told", bound=wire.TaskMessage)
 

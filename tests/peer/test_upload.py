@@ -10,7 +10,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from swarm import wire
 from swarm.edges import NodeId, Served
 from swarm.peer import upload
-from swarm.peer.upload import MAX_REQUESTS_PER_CHANNEL, MAX_SLOTS, SLOTS, STALL_SECONDS, Channel, Uploader
+from swarm.peer.upload import (
+    LARGE_BYTES,
+    MAX_REQUESTS_PER_CHANNEL,
+    MAX_SLOTS,
+    SLOTS,
+    SLOTS_LARGE,
+    STALL_SECONDS,
+    Channel,
+    Uploader,
+)
 
 TASK = bytes(32)
 OTHER = b"\1" * 32
@@ -24,8 +33,8 @@ def channel(number: int) -> Channel:
     return Channel(node(number))
 
 
-def ask(request_id: int, piece: int, task: bytes = TASK) -> wire.Request:
-    return wire.Request(request_id, task, piece, 0, 1000)
+def ask(request_id: int, piece: int, task: bytes = TASK, length: int = 1000) -> wire.Request:
+    return wire.Request(request_id, task, piece, 0, length)
 
 
 class Source:
@@ -69,6 +78,18 @@ def test_a_few_transfers_run_side_by_side_and_more_only_when_all_are_blocked():
     started = [uploader.next(0.0) for _ in range(SLOTS + 1)]
     assert [transfer is not None for transfer in started] == [True] * SLOTS + [False]
     assert uploader.next(STALL_SECONDS) is not None
+
+
+def test_more_large_pieces_run_side_by_side_since_each_holds_its_slot_for_long():
+    for last, allowed in ((LARGE_BYTES, SLOTS_LARGE), (LARGE_BYTES - 1, SLOTS)):
+        source = Source()
+        source.held = {node(peer): peer for peer in range(MAX_SLOTS)}
+        uploader = Uploader(source, rng=random.Random(7))
+        for peer in range(MAX_SLOTS):
+            # The first has least, and is served first.
+            assert uploader.enqueue(channel(peer), ask(peer, 0, length=last if peer == 0 else LARGE_BYTES))
+        started = [uploader.next(0.0) for _ in range(SLOTS_LARGE + 1)]
+        assert [transfer is not None for transfer in started] == [True] * allowed + [False] * (SLOTS_LARGE + 1 - allowed)
 
 
 def test_the_least_replicated_piece_of_all_peers_goes_first():
