@@ -246,6 +246,9 @@ def test_a_container_can_be_given_registries_in_its_environment():
     ("text", "message"),
     [
         ('[mirror]\nregistries = ["https://docker.io"]', "names no registry"),
+        ('[mirror]\nhuggingface = "hub.example"', "expected http"),
+        ('[mirror]\nhuggingface = "https://user@hub.example"', "expected http"),
+        ('[mirror]\nhuggingface = "https://hub.example/../x"', "expected http"),
         ("[mirror]\nregistry = 5", "expected tables"),
         ("[mirror.registry]\nr = 5", "expected a table of settings"),
         ("[mirror.registry.r]\nright = 'verify'", "did you mean rights"),

@@ -34,6 +34,9 @@ from swarm.task import MAX_CONTENT_BYTES, Digest
 MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
 """Of an API route: what is said of a repository with a hundred thousand files, all in one answer."""
 
+MAX_LIST_BYTES: Final = 4 * 1024 * 1024
+"""Of a page of a list, which is read as JSON and takes ten times that; pages have a thousand entries."""
+
 MAX_LEARNT: Final = 2000
 """Files of one list that are remembered; a page has a thousand."""
 
@@ -333,9 +336,10 @@ class Hub:
         """
         url = self._base + target.route + (f"?{target.query}" if target.query else "")
         method = "POST" if body else "GET"
+        max_bytes = MAX_LIST_BYTES if target.word in LISTS else MAX_ANSWER_BYTES
         for _ in range(MAX_HOPS + 1):
             source = Source(url, (("Accept", "application/json"),), "mirror", TokenOf(asker))
-            answer = await self._ask(source, method, _NO | _REDIRECTS | {200}, MAX_ANSWER_BYTES, body)
+            answer = await self._ask(source, method, _NO | _REDIRECTS | {200}, max_bytes, body)
             there = self._on_site(url, answer) if answer.status in _REDIRECTS else ""
             if not there:
                 break
@@ -400,7 +404,7 @@ class Hub:
         refusal = Refusal(
             404 if answer.status == 410 else answer.status,
             code if _CODE.fullmatch(code) else "",
-            "".join(c for c in message if " " <= c <= "~")[:MAX_WORDS_CHARS],
+            message[:MAX_WORDS_CHARS],
             commit if is_commit(commit := answer.headers.get("x-repo-commit", "")) else "",
         )
         _put(self._refusals, (name, asker.tag, refusal.status), refusal, MAX_REFUSALS)

@@ -40,6 +40,9 @@ SWARM_SECONDS: Final = 4.0
 MAX_SMALL_BYTES: Final = 1024 * 1024
 """What may be read past the swarm, into memory."""
 
+API_AT_ONCE: Final = 8
+"""Answers of the API being read: each may be megabytes, and clients choose how many they ask for."""
+
 HASH_CHUNK_BYTES: Final = 1024 * 1024
 
 PRIVATE_NOWHERE: Final = "what the hub shows to some only cannot be served while it does not answer"
@@ -143,6 +146,7 @@ class HubFiles:
         self._stale = settings.tag_cache + settings.tag_stale
         self._tally = tally
         self._wall_clock = wall_clock
+        self._api_limit = trio.CapacityLimiter(API_AT_ONCE)
         self._files: Flights[tuple[Name, str, str, ClientCredentials | None], FileInfo] = Flights()
         self._answers: Flights[tuple[Name, str, ClientCredentials | None], ApiAnswer] = Flights()
 
@@ -252,7 +256,8 @@ class HubFiles:
             OriginError, NotPermitted: It cannot be asked, and nothing is remembered.
         """
         if not name.repository:
-            return await self._hub.api(name, target, body, self._hub.asker(name, client))
+            async with self._api_limit:
+                return await self._hub.api(name, target, body, self._hub.asker(name, client))
         question = f"{target.route}?{target.query}\n{body.decode('latin-1')}"
         known = self._catalogue.answer(name, question) if self._keeps(name) else None
         age = self._wall_clock() - known.asked if known is not None else 0.0
@@ -267,7 +272,8 @@ class HubFiles:
             return known.unpack()
 
     async def _ask_api(self, name: Name, target: HubTarget, body: bytes, client: ClientCredentials | None) -> ApiAnswer:
-        answer, public = await self._asked(name, client, partial(self._hub.api, name, target, body))
+        async with self._api_limit:
+            answer, public = await self._asked(name, client, partial(self._hub.api, name, target, body))
         for path, info in answer.files:
             self._catalogue.note_file(name, path, info, public=public)
         if public and self._keeps(name):

@@ -145,7 +145,7 @@ class HubDesk:
                     registries, self.authorizer, service, Catalogue(), self.settings, self.tally, nursery=nursery
                 )
                 hub = HubRoutes(HUB, self.files, service, self.settings)
-                routes = Routes(registries, self.authorizer, service, resolver, self.settings, self.tally, hub)
+                self.routes = routes = Routes(registries, self.authorizer, service, resolver, self.settings, self.tally, hub)
                 pulls = Pulls(resolver.blobs_of)
                 nursery.start_soon(MirrorServer(routes, service, self.settings, self.tally, pulls).run, face)
                 task_status.started()

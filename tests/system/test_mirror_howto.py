@@ -21,6 +21,7 @@ import pytest
 from tests.docs.pages import ROOT
 from tests.system.cluster import SWARM, clean_environment, hosts_dir
 from tests.system.hosts import Hosts, make_directory
+from tests.system.hub import Hub
 from tests.system.images import Image
 from tests.system.mirrored import members, small_image
 from tests.system.registry import Registry
@@ -77,9 +78,15 @@ def actions(page: str) -> Iterator[tuple[str, str]]:
 class Machine:
     """A root shell on a machine with a node and no mirror."""
 
+    hosts: Hosts
     work: Path
     registry: Registry
     shell: subprocess.Popen[str]
+
+    def export(self, name: str, value: str) -> None:
+        """For everything that runs from now on."""
+        assert self.shell.stdin is not None
+        self.shell.stdin.write(f"export {name}={value}\n")
 
     def run(self, script: str) -> str:
         """What it prints; it must end well."""
@@ -138,7 +145,7 @@ def machine() -> Iterator[Machine]:
                      "CONTAINERS_CONF": str(work / "containers.conf")},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.stderr,
             ) as shell:  # fmt: skip
-                made = Machine(work, registry, shell)
+                made = Machine(hosts, work, registry, shell)
                 made.run(_MACHINE)
                 try:
                     yield made
@@ -190,3 +197,25 @@ def test_the_page_about_docker_works_as_written(machine: Machine) -> None:
     after = machine.settings()
     assert set(after) == set(before)
     assert after["docker/daemon.json"] == before["docker/daemon.json"]
+
+
+def test_the_page_about_hugging_face_works_as_written(machine: Machine) -> None:
+    hub = Hub(machine.hosts, machine.work / "hub")
+    files = {"config.json": b"{}", "model.safetensors": os.urandom(3_000_000), "vocab.json": b"[1, 2]"}
+    commit = hub.push("openai-community/gpt2", files)
+    hub.start()
+    try:
+        # The page takes for granted that the hub can be reached; here it is this one, with its storage.
+        machine.export("SWARM_MIRROR_HUGGINGFACE", hub.base)
+        machine.export("SWARM_EGRESS_ALLOW", machine.hosts.address(0))
+        before = set(machine.settings())
+        commands = machine.follow("hugging-face.md")
+        assert any("hf download" in it for it in commands)
+        snapshot = machine.work / f".cache/huggingface/hub/models--openai-community--gpt2/snapshots/{commit}"
+        assert {path.name: path.read_bytes() for path in snapshot.iterdir()} == files
+        machine.run("kill $(cat /run/docker/swarm.pid-of-test); sleep 1")
+        assert hub.copies(files) == 1
+        assert {it.agent for it in hub.log()} == {"swarm"}
+        assert set(machine.settings()) == before
+    finally:
+        hub.stop()
