@@ -17,6 +17,7 @@ import trio
 from swarm import listening
 from swarm.config import MirrorSettings
 from swarm.mirror.edges import MirrorError
+from swarm.mirror.paths import Kind
 from swarm.mirror.pulls import Pulls
 from swarm.mirror.requests import BadRequest, Request, RequestReader
 from swarm.mirror.resolve import Contained
@@ -158,6 +159,8 @@ class MirrorServer:
                 self._tally.sent[label, source] += count
             if sent.first_byte is not None:
                 self._tally.first_byte.observe(sent.first_byte - began)
+        elif answer.kind == Kind.FILE.value and answer.body:
+            self._tally.sent[self._tally.label(answer.registry), "origin"] += len(answer.body)  # read past the swarm
         self._pulls.answered(client, request.method, answer, sent, began, trio.current_time(), outcome)
         log.debug(
             "mirror_answer",

@@ -69,6 +69,14 @@ async def test_progress_only_grows_and_ends_with_done(scene: Scene) -> None:
     assert done[-1] == scene.content.geometry.length
 
 
+@runs()
+async def test_of_a_url_that_never_changes_and_whose_length_is_known_nothing_is_asked(scene: Scene) -> None:
+    fetch = scene.fetch(FetchRequest(Source(URL), immutable=True, length=scene.content.geometry.length))
+    await fetch.outcome()
+    assert fetch.bytes == scene.content.bytes
+    assert scene.origin.heads == 0
+
+
 @runs(count=0)
 async def test_empty_content_is_complete_at_once(scene: Scene) -> None:
     fetch = scene.fetch()

@@ -104,3 +104,44 @@ def test_any_bytes_are_read_or_refused(data: bytes, step: int) -> None:
         for start in range(0, len(data), step):
             reader.receive(data[start : start + step])
             reader.next_request()
+
+
+FORM = (
+    b"POST /hf/api/models/a/b/paths-info/main HTTP/1.1\r\n"
+    b"Host: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+)
+
+
+def test_a_form_is_read_however_it_is_cut_and_what_follows_is_the_next_request() -> None:
+    data = FORM + b"Content-Length: 22\r\n\r\npaths=GET+%2F+HTTP%2F1"
+    for cut in range(1, len(data)):
+        reader = RequestReader()
+        reader.receive(data[:cut])
+        assert reader.next_request() is None
+        assert reader.pending
+        reader.receive(data[cut:] + GET + b"\r\n")
+        request = reader.next_request()
+        assert request is not None
+        assert (request.method, request.body) == ("POST", b"paths=GET+%2F+HTTP%2F1")
+        reader.http.send(h11.Response(status_code=200, headers=[("Content-Length", "0")]))
+        reader.http.send(h11.EndOfMessage())
+        assert reader.may_continue
+        following = reader.next_request()
+        assert following is not None
+        assert (following.target, following.body) == (b"/v2/", b"")
+
+
+@pytest.mark.parametrize(
+    ("more", "status"),
+    [
+        (b"Transfer-Encoding: chunked\r\n\r\n", 405),
+        (b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", 405),
+        (b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", 400),
+        (b"Content-Length: +5\r\n\r\n", 400),
+        (b"Content-Length: 99999999999999999999\r\n\r\n", 413),
+    ],
+)
+def test_t18_a_form_of_doubtful_length_is_refused(more: bytes, status: int) -> None:
+    with pytest.raises(BadRequest) as caught:
+        read(FORM + more)
+    assert caught.value.status == status

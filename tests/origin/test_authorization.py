@@ -264,6 +264,19 @@ def test_a_form_is_sent_once_and_follows_no_redirect() -> None:
     assert [asked.method for asked in web.asked] == ["POST"]
 
 
+def test_a_redirect_that_is_an_answer_is_not_followed() -> None:
+    web = question(Reply(302, {"location": "http://storage.example/x", "x-said": "this"}))
+
+    async def main(reader: OriginReader) -> None:
+        answer = await reader.ask(PLAIN, "HEAD", accept=frozenset({302}))
+        assert (answer.status, answer.headers["x-said"], answer.redirected) == (302, "this", False)
+        with pytest.raises(OriginError):  # elsewhere it is followed, to where nobody is
+            await reader.ask(PLAIN, "HEAD", accept=frozenset({200}))
+
+    web(main)
+    assert {asked.host for asked in web.asked} == {"registry.example"}
+
+
 def test_a_file_is_no_source_of_answers() -> None:
     async def main(reader: OriginReader) -> None:
         with pytest.raises(NotPermitted):
