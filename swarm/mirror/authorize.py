@@ -117,14 +117,14 @@ class Authorizer:
             return Grant(private=False)
         if mode in ("verify", "never"):
             await self._require(name, digest, asker, manifest)
-            self._note_private(digest)
+            self.note_private(digest)
             return Grant(private=True, shared=mode == "verify")
         if await self._anybody_may(name, digest, asker, manifest):
             return Grant(private=False)
         if asker.is_anonymous:
             raise self._registries.denied(name, asker)
         await self._require(name, digest, asker, manifest)
-        self._note_private(digest)
+        self.note_private(digest)
         return Grant(private=True)
 
     async def _check_public(self, name: Name, digest: Digest, asker: Asker, manifest: bool | None) -> None:
@@ -191,7 +191,8 @@ class Authorizer:
         """Whether this node has it as private, or is about to: what somebody was granted counts before it is in the store."""
         return digest in self._private or bool(self._held(digest))
 
-    def _note_private(self, digest: Digest) -> None:
+    def note_private(self, digest: Digest) -> None:
+        """Somebody is granted it as private."""
         self._private[digest] = None
         self._private.move_to_end(digest)
         while len(self._private) > MAX_PRIVATE:

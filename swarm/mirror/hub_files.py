@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,9 @@ SWARM_SECONDS: Final = 4.0
 
 MAX_SMALL_BYTES: Final = 1024 * 1024
 """What may be read past the swarm, into memory."""
+
+FORGET_SECONDS: Final = 5.0
+MAX_FORGOTTEN: Final = 1024
 
 API_AT_ONCE: Final = 8
 """Answers of the API being read: each may be megabytes, and clients choose how many they ask for."""
@@ -147,6 +151,7 @@ class HubFiles:
         self._tally = tally
         self._wall_clock = wall_clock
         self._api_limit = trio.CapacityLimiter(API_AT_ONCE)
+        self._forgotten: OrderedDict[Name, float] = OrderedDict()
         self._files: Flights[tuple[Name, str, str, ClientCredentials | None], FileInfo] = Flights()
         self._answers: Flights[tuple[Name, str, ClientCredentials | None], ApiAnswer] = Flights()
 
@@ -166,21 +171,31 @@ class HubFiles:
             grant = await self._authorizer.check(name, identity, client)
         except (HubDenied, HubMissing) as error:
             if not isinstance(error, HubMissing) or error.hides:
-                self._catalogue.close(name)
+                self._forget(name)
             raise
-        if not grant.private:
-            self._require_public(name, path, info, identity)
-        asker = self._hub.asker(name, client) if grant.private else ANONYMOUS
-        return Found(name, path, info, grant, self._hub.source(name, info, path, asker))
+        asker = self._hub.asker(name, client)
+        if not grant.private and not self._is_public(name, path, info, identity):
+            grant = self._as_private(name, identity, asker)
+        return Found(name, path, info, grant, self._hub.source(name, info, path, asker if grant.private else ANONYMOUS))
 
-    def _require_public(self, name: Name, path: str, info: FileInfo, identity: Digest) -> None:
-        """With the hub down, nothing is taken for public that was only ever seen with somebody's token."""
+    def _is_public(self, name: Name, path: str, info: FileInfo, identity: Digest) -> bool:
+        """Whether the hub ever showed it to everybody: what it could not be asked about is not taken for public here."""
+        if self._hub.rights.was_allowed(name, identity, ANONYMOUS.tag, trio.current_time()):
+            self._catalogue.note_file(name, path, info, public=True)
+            return True
         known = self._catalogue.file(name, info.commit, path)
-        if (known is not None and known.public) or self._hub.mode(name) == "public":
-            return
-        if not self._hub.rights.was_allowed(name, identity, ANONYMOUS.tag, trio.current_time()):
+        return (known is not None and known.public) or self._hub.mode(name) == "public"
+
+    def _as_private(self, name: Name, identity: Digest, asker: Asker) -> Grant:
+        """For who was shown it with a token of his own, while the hub says nothing to everybody (it is down, or answers 429).
+
+        Raises:
+            HubDenied: 503, he was not.
+        """
+        if asker.is_anonymous or not self._hub.rights.was_allowed(name, identity, asker.tag, trio.current_time()):
             raise HubDenied(Refusal(503, "", PRIVATE_NOWHERE))
-        self._catalogue.note_file(name, path, info, public=True)
+        self._authorizer.note_private(identity)
+        return Grant(private=True)
 
     async def _info(self, name: Name, revision: str, path: str, client: ClientCredentials | None) -> FileInfo:
         known = self._known(name, revision, path, self._fresh)
@@ -240,7 +255,18 @@ class HubFiles:
     def _close(self, name: Name) -> None:
         if name.repository:
             self._authorizer.note_closed(name)
-            self._catalogue.close(name)
+            self._forget(name)
+
+    def _forget(self, name: Name) -> None:
+        """What was public of a repository is not any more.  Goes through all that is known, so not at each refusal."""
+        now = trio.current_time()
+        if now < self._forgotten.get(name, float("-inf")) + FORGET_SECONDS:
+            return
+        self._forgotten[name] = now
+        self._forgotten.move_to_end(name)
+        while len(self._forgotten) > MAX_FORGOTTEN:
+            self._forgotten.popitem(last=False)
+        self._catalogue.close(name)
 
     def _note_stale(self, name: Name, what: str, error: OriginError) -> None:
         self._tally.stale[self._tally.label(name.registry)] += 1

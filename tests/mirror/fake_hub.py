@@ -91,6 +91,8 @@ class FakeHub:
     lies: dict[str, bytes] = field(default_factory=dict)
     says: dict[str, dict[str, str]] = field(default_factory=dict)
     key: bytes = b"storage"
+    limits_strangers: bool = False
+    """Answers 429 to who shows no token."""
     names: dict[str, str] = field(default_factory=dict)
     """Of renamed repositories: old to new."""
 
@@ -127,6 +129,8 @@ class FakeHub:
         path, _, query = target.partition("?")
         question = Question(method, path, headers)
         self.asked.append(question)
+        if self.limits_strangers and not question.token:
+            return HubReply(429)
         parts = [unquote(part) for part in path.strip("/").split("/")]
         if parts[0] == "api":
             return self._api(question, parts[1:], path, query, body)

@@ -521,6 +521,18 @@ async def test_a_token_goes_to_the_hub_only_and_only_where_one_is_needed(desk: H
     assert not any("authorization" in it.headers for it in desk.hub.stored)
 
 
+@runs()
+async def test_where_strangers_ask_too_much_a_client_is_served_with_its_own_token(desk: HubDesk) -> None:
+    pushed(desk)
+    desk.hub.limits_strangers = True
+    for path in ("config.json", "model.safetensors"):
+        assert (await desk.get(f"/{REPOSITORY}/resolve/main/{path}", "alice")).body == FILES[path]
+        reply = await desk.get(f"/{REPOSITORY}/resolve/main/{path}")
+        assert reply.status in (502, 503)
+    assert (await desk.get(f"/api/models/{REPOSITORY}/tree/main", "alice")).status == 200
+    assert all(entry.private for entry in desk.store.entries()), "that everybody may have it was not said"
+
+
 @runs(rights="verify")
 async def test_verify_asks_for_every_client_also_what_is_public(desk: HubDesk) -> None:
     pushed(desk)
