@@ -334,7 +334,7 @@ class HubFiles:
                     raise
                 log.info("mirror_file_not_from_swarm", name=str(found.name), path=found.path, reason=str(error))
         body = await self._hub.read(found.source, MAX_SMALL_BYTES)
-        if found.info.is_git and git_id(body) != found.info.etag:
+        if found.info.is_git and not Sha1s(len(body)).update(body).include(found.info.etag):
             raise OriginError(f"{self._hub.host} sends another file than the one it has under {found.info.etag}")
         return body
 
@@ -358,11 +358,11 @@ class HubFiles:
         if not found.info.is_git:
             return
         length = stored.geometry.length
-        hasher = git_hasher(length)
+        sums = Sha1s(length)
         for offset in range(0, length, HASH_CHUNK_BYTES):
-            hasher.update(stored.read(offset, min(HASH_CHUNK_BYTES, length - offset)))
+            sums.update(stored.read(offset, min(HASH_CHUNK_BYTES, length - offset)))
             await trio.lowlevel.checkpoint()
-        if hasher.hexdigest() == found.info.etag:
+        if sums.include(found.info.etag):
             return
         log.warning(
             "mirror_file_is_wrong",
@@ -384,13 +384,20 @@ class HubFiles:
             log.info("mirror_wrong_file_kept", task=task_id, reason=str(error))
 
 
-def git_hasher(length: int) -> hashlib._Hash:
-    """Feed it content of this length, and it has the id that git knows it by."""
-    return hashlib.sha1(b"blob %d\0" % length, usedforsecurity=False)
+class Sha1s:
+    """The two sums that hubs use as a small file's ETag: git's id, and (hubs that are caches of others) plain SHA-1.
 
+    Args:
+        length: Of the content that `update` is given, in parts.
+    """
 
-def git_id(content: bytes) -> str:
-    """The id that git knows this content by."""
-    hasher = git_hasher(len(content))
-    hasher.update(content)
-    return hasher.hexdigest()
+    def __init__(self, length: int) -> None:
+        self._sums = [hashlib.sha1(start, usedforsecurity=False) for start in (b"blob %d\0" % length, b"")]
+
+    def update(self, content: bytes) -> Sha1s:
+        for each in self._sums:
+            each.update(content)
+        return self
+
+    def include(self, etag: str) -> bool:
+        return etag in [each.hexdigest() for each in self._sums]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
+import structlog.testing
 import trio
 import trio.testing
 
@@ -810,3 +812,44 @@ async def test_clients_cannot_make_it_read_any_number_of_answers_at_once(desk: H
         await trio.testing.wait_all_tasks_blocked(0.05)
         held.set()
     assert now[1] == hub_files.API_AT_ONCE
+
+
+@pytest.mark.parametrize(
+    "tag", [hashlib.sha1(CONFIG, usedforsecurity=False).hexdigest(), "5d41402abc4b2a76b9719d911017c592", "v1.2-x"]
+)
+def test_hubs_that_have_other_etags_for_small_files_are_read_too(tag: str) -> None:
+    async def script(desk: HubDesk) -> None:
+        pushed(desk)
+        desk.hub.says["config.json"] = {"etag": f'W/"{tag}"'}
+        for _ in range(2):
+            got = await desk.get(f"/{REPOSITORY}/resolve/main/config.json")
+            assert (got.status, got.body, got.headers["etag"]) == (200, CONFIG, f'"{tag}"')
+        assert desk.hub.sent["config.json"] == len(CONFIG)
+
+    play(script)
+
+
+@runs()
+async def test_files_are_counted_for_their_hub_and_clients_make_no_rows(desk: HubDesk) -> None:
+    pushed(desk)
+    for _ in range(2):
+        await desk.get(f"/{REPOSITORY}/resolve/main/model.safetensors")
+    for number in range(5):
+        await desk.head(f"/some/body{number}/resolve/main/x")
+    assert (desk.tally.sent[HUB, "origin"], desk.tally.sent[HUB, "store"]) == (len(BIG), len(BIG))
+    assert desk.tally.answers[HUB, "file", 200] == 2
+    assert {key[0] for key in desk.tally.answers} <= {HUB, "others"}
+
+
+def test_a_line_is_written_for_each_whole_file_with_where_it_came_from() -> None:
+    async def script(desk: HubDesk) -> None:
+        pushed(desk)
+        await desk.get(f"/{REPOSITORY}/resolve/main/model.safetensors")
+        await desk.get(f"/{REPOSITORY}/resolve/main/model.safetensors", range="bytes=0-9")
+
+    with structlog.testing.capture_logs() as lines:
+        play(script)
+    found = [line for line in lines if line["event"] == "pulled"]
+    assert [(it["name"], it["reference"], it["from_origin"], it["outcome"]) for it in found] == [
+        (f"{HUB}/{REPOSITORY}", "main:model.safetensors", len(BIG), "ok")
+    ]
