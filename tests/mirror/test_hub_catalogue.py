@@ -48,7 +48,9 @@ def test_what_anybody_may_know_comes_back_and_nothing_else(tmp_path: Path) -> No
 
 def test_what_another_hub_said_is_not_believed_of_this_one(tmp_path: Path) -> None:
     filled(tmp_path / "s").save()
-    assert HubCatalogue("other.example", tmp_path / "s").file(NAME, COMMIT, "open") is None
+    found = HubCatalogue("other.example", tmp_path / "s")
+    assert found.file(NAME, COMMIT, "open") is None
+    assert found.file(Name("other.example", NAME.repository), COMMIT, "open") is None
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30, 200])
