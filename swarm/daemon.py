@@ -111,7 +111,7 @@ async def run_node(
         await life.enter_async_context(running(swarm.dht.run))
         await life.enter_async_context(running(swarm.announcer.run))
         await life.enter_async_context(running(swarm.service.run))
-        neighbourhood = Neighbourhood(membership.node_id, swarm.dht.known, swarm.hub, rng=rng)
+        neighbourhood = Neighbourhood(membership.node_id, swarm.dht.known, swarm.dht.sample, swarm.hub, rng=rng)
         swarm.service.attach(swarm.hub, all_linked=neighbourhood.complete)
         await life.enter_async_context(running(neighbourhood.run))
 

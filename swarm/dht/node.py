@@ -184,6 +184,10 @@ class DhtNode:
         """Contacts that proved their id and address; the control port has the same number as the DHT's."""
         return [(contact.id, contact.address) for contact in self.engine.table.contacts()]
 
+    async def sample(self) -> list[tuple[NodeId, Address]]:
+        """Nodes near a random id that answered, like `known`."""
+        return [(contact.id, contact.address) for contact in await self.find_nodes(self._rng.randbytes(20))]
+
     def statistics(self) -> EngineStatistics:
         return self.engine.statistics(trio.current_time())
 
