@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -12,7 +11,6 @@ import trio
 
 from swarm.config import MirrorSettings
 from swarm.download.reading import Reader
-from swarm.download.request import FetchRequest
 from swarm.errors import SwarmError
 from swarm.mirror.edges import MirrorError
 from swarm.mirror.hub import HubDenied, HubMissing
@@ -139,11 +137,9 @@ class HubRoutes:
             await trio.lowlevel.checkpoint()
             return Arrived(stored, *span(stored.geometry.length), origin)
 
-        def reopen() -> FetchRequest:
-            return replace(found.request(stored.digest), source=found.source)
-
+        again = found.request(stored.digest)
         try:
-            return await body_of(request, tag, headers, opens, reopen)
+            return await body_of(request, tag, headers, opens, lambda: again)
         except BaseException:
             stored.close()
             raise
