@@ -98,8 +98,9 @@ class HubCatalogue:
 
     def note_file(self, name: Name, path: str, info: FileInfo, *, public: bool) -> None:
         known = self._files.get((name, info.commit, path))
-        _put(self._files, (name, info.commit, path), KnownFile(info, public or (known is not None and known.public)), MAX_FILES)
-        self.changed = True
+        found = KnownFile(info, public or (known is not None and known.public))
+        _put(self._files, (name, info.commit, path), found, MAX_FILES)
+        self.changed = self.changed or found != known  # noted at each request: the file is not to be written for that
 
     def revision(self, name: Name, revision: str) -> KnownRevision | None:
         return self._revisions.get((name, revision))
