@@ -104,8 +104,8 @@ class Policy:
     queued_overdue: int = 8
     """Requests at one neighbour with those that have waited too long (`overloaded`), which do not count as `queued`.  What was
     rare when it was asked for is not any more, and what is goes before it: with one request at each neighbour and all of
-    them such, a node got nothing for half of the time (simulated with three uploads: 10 nodes, 500 MiB, last node 1.45 instead of
-    1.19 times the floor)."""
+    them such, a node got nothing for half of the time (simulated with three uploads: 10 nodes, 500 MiB, last node 1.45 times
+    the floor instead of 1.19)."""
 
     spare_arriving: int = 3
     """Pieces arriving at once, from which on nothing is asked for that waits elsewhere too: they fill the downlink, and what
