@@ -88,12 +88,20 @@ class AnnouncerStatistics:
     hosts: tuple[str, ...]
 
 
-def kept_names(entries: Iterable[Entry]) -> dict[bytes, State]:
-    """What to announce of a store: complete content that is not private, under its names and the task of its digest."""
+def kept_names(entries: Iterable[Entry], *, is_open: bool) -> dict[bytes, State]:
+    """What to announce of a store: complete content, under its names and the task of its digest.
+
+    What is private is announced in a closed network only, under those of its names that are shared: members ask the origin
+    whether they may have it before they look for it.
+    """
     kept: dict[bytes, State] = {}
     for entry in entries:
-        if entry.complete and not entry.private and entry.digest is not None:
+        if not entry.complete or entry.digest is None:
+            continue
+        if not entry.private:
             kept[blob_task(entry.digest).id] = kept[entry.task.id] = State.COMPLETE
+        elif entry.task.shared and not is_open:
+            kept[entry.task.id] = State.COMPLETE
     return kept
 
 

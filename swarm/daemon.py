@@ -125,7 +125,7 @@ async def run_node(
             node.mirror = open_mirror(settings, mirror_face, store, swarm, origin)
             await life.enter_async_context(running(node.mirror.run))
 
-        kept = kept_names(store.entries())
+        kept = kept_names(store.entries(), is_open=membership.is_open)
         swarm.announcer.restore(kept)
         node.is_ready = True
         log.info("ready", **_ready_fields(node, len(kept)))

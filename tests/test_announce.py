@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,22 +243,30 @@ def test_announcing_without_running_is_our_own_mistake() -> None:
 # --- what a store holds ---------------------------------------------------------------------------------------------
 
 
-def kept(url: str = "", *, digest: str = "", held: int = 1, private: bool = False) -> Entry:
+def kept(url: str = "", *, digest: str = "", held: int = 1, private: bool = False, shared: bool = True) -> Entry:
     known = Digest("sha256", digest * 64) if digest else None
-    task = url_task(url) if url else blob_task(Digest("sha256", digest * 64))
+    task = replace(url_task(url) if url else blob_task(Digest("sha256", digest * 64)), shared=shared)
     complete = bool(held and digest)
     return Entry(task, None, held, complete, known, False, False, 0, 0.0, 0.0, private)
 
 
 def test_after_a_restart_complete_content_is_announced_under_its_names_and_its_digest() -> None:
     entries = [kept("http://a/1", digest="1"), kept("http://b/1", digest="1"), kept(digest="2"), kept("http://a/3")]
-    names = announce.kept_names(entries)
+    names = announce.kept_names(entries, is_open=True)
+    assert names == announce.kept_names(entries, is_open=False)
     blobs = {blob_task(Digest("sha256", each * 64)).id for each in "12"}
     assert names == dict.fromkeys({url_task("http://a/1").id, url_task("http://b/1").id, *blobs}, State.COMPLETE)
 
 
-def test_after_a_restart_private_content_is_announced_under_no_name() -> None:
-    assert announce.kept_names([kept("http://a/1", digest="1", private=True)]) == {}
+def test_after_a_restart_private_content_is_announced_to_members_alone_and_only_as_it_was_shared() -> None:
+    entries = [
+        kept(digest="1", private=True),
+        kept("http://a/1", digest="1", private=True, shared=False),
+        kept("http://a/2", digest="2", private=True),
+    ]
+    assert announce.kept_names(entries, is_open=True) == {}
+    shared = {blob_task(Digest("sha256", "1" * 64)).id, url_task("http://a/2").id}
+    assert announce.kept_names(entries, is_open=False) == dict.fromkeys(shared, State.COMPLETE)
 
 
 # --- time -----------------------------------------------------------------------------------------------------------

@@ -688,10 +688,10 @@ class DownloadService:
             log.exception("task failed", task=active.task.id)
             self._fail(active, LocalProtocolError(f"internal error in task {active.task.short}; see the daemon's log"))
         still_in = self._active.get(active.task.id) is active
-        leaves = still_in and active.shared and (active.stored.private or not active.stored.complete)
+        leaves = still_in and (self._is_kept_apart(active.stored) or not active.stored.complete)
         self._close(active)
         if leaves:
-            # Part of it, or what only this download was allowed to share: nobody gets it from us any more.
+            # Part of it, or what was shared once and may not be any more: nobody gets it from us.
             await self._parts.discovery.withdraw(active.task.id)
 
     async def _drive(self, active: Active, nursery: trio.Nursery) -> None:
@@ -1070,9 +1070,7 @@ class DownloadService:
         stored = self._parts.store.open(task_id)
         if stored is None:
             return None
-        # Private content stays in the closed network it was shared in, and goes to members that have it as private too.
-        unshared = stored.private and (self._parts.membership.is_open or not stored.task.shared)
-        if unshared or not stored.complete:
+        if self._is_kept_apart(stored) or not stored.complete:
             stored.close()
             return None
         active = self._make_active(Task(task_id, digest=stored.digest), stored, None, None)
@@ -1083,6 +1081,10 @@ class DownloadService:
         self._active[task_id] = active
         self._nursery.start_soon(self._run_active, active, None)
         return active
+
+    def _is_kept_apart(self, stored: StoredTask) -> bool:
+        """Private content stays in the closed network it was shared in, and goes to members that have it as private too."""
+        return stored.private and (self._parts.membership.is_open or not stored.task.shared)
 
     # --- what goes on ----------------------------------------------------------------------------------------------------
 

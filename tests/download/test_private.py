@@ -120,6 +120,7 @@ async def test_what_was_shared_privately_is_still_there_for_those_with_a_right_a
     await shared_privately(scene, digest=scene.content.digest)
     await trio.sleep(2 * COMPANY_SECONDS)
     assert not scene.service.activity()
+    assert scene.discovery.announced[scene.task.id] is State.COMPLETE, "others that come later find it"
     assert ask_for(scene, scene.task, encrypted=True, private=False) == wire.REFUSED
     assert ask_for(scene, scene.task, encrypted=False, private=True) == wire.REFUSED
     assert ask_for(scene, scene.task, encrypted=True, private=True) == "served"

@@ -50,6 +50,22 @@ def test_members_share_one_copy_of_private_content_and_each_client_shows_its_rig
         assert m.registry.copies(image) == 1
 
 
+@pytest.mark.parametrize("access", FORMS[:1])
+def test_private_content_is_read_once_also_by_who_comes_later_and_after_a_restart(
+    access: Access, network: dict[int, Path]
+) -> None:
+    with mirrored(2, access=access, network=network) as m:
+        image = small_image(m.registry)
+        reference = pushed(m)
+        m.cluster.start_all()
+        assert_pulled(m.containerd(1).cri_pull(reference, login=ALICE))
+        m.cluster.stop()
+        m.cluster.start_all()
+        assert_pulled(m.containerd(2).cri_pull(reference, login=ALICE))
+        m.cluster.stop()
+        assert m.registry.copies(image) == 1
+
+
 def assert_read_by_swarm_only(m: Mirrored) -> None:
     """No client got its blobs by going around the mirror."""
     m.cluster.stop()
