@@ -140,6 +140,11 @@ CASES: Final = (
         (Limit("of_plain_rate", 0.6, at_least=True), Limit("of_libtorrent_cpu", 0.45), Limit("most_resident_mib", 200)),
     ),
     Case(
+        "one-to-one-copy",
+        "the same with a second copy as the output, beside the store's own",
+        lambda seed: one.one_to_one(one.GIB, seed, parent=one.disk_dir(), link=False),
+    ),
+    Case(
         "one-to-one-memory",
         "the same into memory: without the disk's share",
         lambda seed: one.one_to_one(one.GIB, seed, parent=hosts_dir()),

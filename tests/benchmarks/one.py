@@ -41,18 +41,21 @@ def disk_dir() -> Path:
     return Path(os.environ.get("BENCH_DISK_DIR", tempfile.gettempdir()))
 
 
-def one_to_one(length: int, seed: int, *, parent: Path) -> Run:
-    """Three ways of moving the same bytes into a checked file below `parent`."""
+def one_to_one(length: int, seed: int, *, parent: Path, link: bool = True) -> Run:
+    """Three ways of moving the same bytes into a checked file below `parent`.
+
+    Args:
+        link: The file is the store's own (`--hard-link`), as what libtorrent got is what it seeds from; else a second copy.
+    """
     with (
         Hosts(0) as hosts,
         NginxOrigin(hosts, parent=hosts_dir()) as origin,
         work_directory(parent) as work,
     ):
         file = origin.add("content", length, seed)
-        _touch_memory(work, 3 * length)
         plain_seconds, plain_cpu = _plain(hosts, origin, file, work, ["sha256sum"])
         fast_seconds, fast_cpu = _plain(hosts, origin, file, work, FAST_SHA256SUM)
-        ours = _swarm(hosts, origin, file, work)
+        ours = _swarm(hosts, origin, file, work, *(["--hard-link"] if link else []))
         torrent_seconds, torrent_cpu = _libtorrent(hosts, file, work)
         gib = length / GIB
         figures = {
@@ -72,17 +75,18 @@ def one_to_one(length: int, seed: int, *, parent: Path) -> Run:
         return Run({name: value for name, value in figures.items() if name != "cpu_s"}, {"directory": str(parent)})
 
 
-def _touch_memory(work: Path, length: int) -> None:
-    """Have the page cache filled once: the first touch of a page is dear in a virtual machine, and is nobody's fault."""
+def _prepare(work: Path, length: int) -> None:
+    """Before each way: nobody pays for what the one before left to be written, nor for the first touch of memory.
+
+    In a virtual machine the host takes unused memory back within seconds, and each page of a file that is written is a fault
+    to the host then: more than the copy itself costs.
+    """
+    os.sync()
     zeros, path = bytes(4 * MIB), work / "touched"
     with path.open("wb") as file:
         for _ in range(length // len(zeros)):
             file.write(zeros)
     path.unlink()
-
-
-def _settle_disk() -> None:
-    """Nobody pays for what the one before left to be written."""
     os.sync()
 
 
@@ -100,7 +104,7 @@ def _timed(hosts: Hosts, command: list[str], work: Path, name: str) -> Ended:
 
 def _plain(hosts: Hosts, origin: NginxOrigin, file: File, work: Path, checksum: list[str]) -> tuple[float, float]:
     """Seconds and processor seconds of nginx to curl to a file, then a checksum of it."""
-    _settle_disk()
+    _prepare(work, 3 * file.length)
     copy, before = work / "plain", cpu_seconds(origin.pid)
     script = f"curl -sSf -o {copy} {origin.url(file.name)} && {shlex.join(checksum)} {copy}"
     end = _timed(hosts, ["bash", "-c", script], work, "plain-run")
@@ -126,7 +130,7 @@ def _fetch(hosts: Hosts, daemon: Daemon, url: str, file: File, *options: str) ->
     return end
 
 
-def _swarm(hosts: Hosts, origin: NginxOrigin, file: File, work: Path) -> dict[str, float]:
+def _swarm(hosts: Hosts, origin: NginxOrigin, file: File, work: Path, *options: str) -> dict[str, float]:
     """The sender has the content; the receiver may not ask the origin."""
     url = origin.url(file.name)
     with ExitStack() as stack:
@@ -138,9 +142,9 @@ def _swarm(hosts: Hosts, origin: NginxOrigin, file: File, work: Path) -> dict[st
         stack.callback(receiver.close)
         receiver.wait_ready()
         time.sleep(1)  # the daemons' start-up work is not part of the transfer
-        _settle_disk()
+        _prepare(work, 3 * file.length)
         before = cpu_seconds(sender.pid) + cpu_seconds(receiver.pid)
-        end = _fetch(hosts, receiver, url, file, "--no-origin")
+        end = _fetch(hosts, receiver, url, file, "--no-origin", *options)
         cpu = end.cpu + cpu_seconds(sender.pid) + cpu_seconds(receiver.pid) - before
         peaks = {name: resident(it.pid)[1] / MIB for name, it in (("sender", sender), ("receiver", receiver))}
         return {
@@ -155,7 +159,7 @@ def _libtorrent(hosts: Hosts, file: File, work: Path) -> tuple[float, float]:
     """Seconds and processor seconds of libtorrent, seed to leech."""
     torrent, endpoints = work / "torrent", (f"{SENDER}:6881", f"{RECEIVER}:6881")
     make(file.path, TORRENT_PIECE, torrent)
-    _settle_disk()
+    _prepare(work, 3 * file.length)
     with ExitStack() as stack:
         peers = []
         for endpoint, directory, others in (
