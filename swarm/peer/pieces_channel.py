@@ -43,7 +43,8 @@ TLS_RECORD: Final = 0x16
 NONCE_BYTES: Final = 32
 
 CHUNK_BYTES: Final = 512 * 1024
-"""Hashed, and sent, at a time: half a megabyte costs 7 % less processor time than a quarter (`one-to-one`), a whole one no less."""
+"""Hashed, and sent, at a time: half a megabyte costs 7 % less processor time than a quarter (`one-to-one`), and a whole one
+no less."""
 
 OPEN_SECONDS: Final = 10.0
 """From dialling to `ChannelOpen`."""
