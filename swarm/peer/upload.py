@@ -206,7 +206,7 @@ class Uploader:
         return max((t.progressed + STALL_SECONDS for t in self._active if not t.limited), default=float("-inf"))
 
     def _choose(self) -> tuple[Channel, wire.Request] | None:
-        """The waiting request with the least (copies, pieces its asker has); ties at random.
+        """The waiting request with the least (copies, pieces its asker has); ties at random among peers.
 
         One call of `replication` for each piece and of `held_by` for each task and peer, however many ask.
         """
@@ -233,7 +233,7 @@ class Uploader:
     def _poorest(self, candidates: list[tuple[Channel, wire.Request]]) -> tuple[Channel, wire.Request]:
         held: dict[tuple[bytes, NodeId], int] = {}
         fewest = 1 << 62
-        ties: list[tuple[Channel, wire.Request]] = []
+        ties: dict[Channel, tuple[Channel, wire.Request]] = {}
         for candidate in candidates:
             asker = (candidate[1].task, candidate[0].node_id)
             count = held.get(asker)
@@ -241,10 +241,11 @@ class Uploader:
                 count = held[asker] = self._source.held_by(*asker)
             if count < fewest:
                 fewest = count
-                ties = [candidate]
+                ties = {candidate[0]: candidate}
             elif count == fewest:
-                ties.append(candidate)
-        return self._random.choice(ties)
+                # Of one peer the request it made first: what its reader waits for, if there is one.
+                ties.setdefault(candidate[0], candidate)
+        return self._random.choice(list(ties.values()))
 
     def _copies_of(self, task_id: bytes, piece: int) -> int:
         # The larger of the two: what we sent may not have been announced yet, and others send copies too.

@@ -188,6 +188,12 @@ CASES: Final = (
         ),
     ),
     Case(
+        "mirror-peer",
+        "first byte of each of nine 16 MiB layers that one other host has, links 100 Mbit/s",
+        functools.partial(mirror.from_peer, 100),
+        (Limit("beyond_piece_s", 0.1), Limit("copies", 0)),
+    ),
+    Case(
         "mirror-1000",
         "1,000 clients at once on one 100 MiB blob of one mirror",
         functools.partial(mirror.crowd, 1000, 100 * MIB),

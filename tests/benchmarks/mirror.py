@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from swarm.task import MIN_PIECE_BYTES
 from tests.benchmarks.many import BenchmarkFailed, work_directory
 from tests.benchmarks.report import Run
-from tests.system.cluster import SWARM, Daemon, clean_environment, hosts_dir
+from tests.system.cluster import LINKED, SWARM, Daemon, clean_environment, hosts_dir
 from tests.system.images import MIB, Descriptor, Image, Layer
 from tests.system.mirrored import Mirrored, mirrored, settings
 from tests.system.origin import NginxOrigin
@@ -150,6 +151,42 @@ def updating(setting: Setting, seed: int) -> Run:
             "start_spread_s": apart,
         }
         return Run(figures, _copies_by_layer(m.registry, new))
+
+
+def from_peer(link: int, seed: int) -> Run:
+    """One host has an image; another asks its mirror for the manifest, and then for each layer: how long to the first byte.
+
+    Every layer is small enough to be cut in the smallest pieces, of which the first is needed before a byte can be given out.
+    """
+    with mirrored(2, rate=f"{link}mbit") as m:
+        image = m.registry.images.image([Layer(16 * MIB, 10 * seed + n) for n in range(9)])
+        m.registry.push(image, "bench/image", "v1")
+        m.cluster.start_all()
+        manifest = f"/v2/bench/image/manifests/{image.digest}?ns={m.registry.name}"
+        for path in (manifest, *(m.blob_path("bench/image", it.digest) for it in image.layers)):
+            _answered(m.get(1, path, timeout=60)[0])
+        m.cluster.settle(LINKED)
+        m.registry.forget()
+        _answered(m.get(2, manifest)[0])
+        waits = []
+        for layer in image.layers:
+            status, waited = m.first_byte(2, m.blob_path("bench/image", layer.digest))
+            _answered(status)
+            waits.append(waited)
+        m.cluster.stop()
+        piece = MIN_PIECE_BYTES * 8 / (link * 1e6)
+        figures = {
+            "first_byte_s": sorted(waits)[len(waits) // 2],
+            "last_first_byte_s": max(waits),
+            "beyond_piece_s": max(waits) - piece,
+            "copies": m.registry.copies(image),
+        }
+        return Run(figures, {"first_bytes": waits})
+
+
+def _answered(status: int) -> None:
+    if status != 200:
+        raise BenchmarkFailed(f"the mirror answered {status}")
 
 
 def _together(pulls: Sequence[Callable[..., Pulled]], reference: str, timeout: float) -> tuple[list[Pulled], float, float]:

@@ -92,6 +92,15 @@ def test_more_large_pieces_run_side_by_side_since_each_holds_its_slot_for_long()
         assert [transfer is not None for transfer in started] == [True] * allowed + [False] * (SLOTS_LARGE + 1 - allowed)
 
 
+def test_of_equally_rare_pieces_a_peer_gets_first_what_it_asked_for_first():
+    """What a reader waits for is asked for first; served at random, eight requests would keep it waiting for eight pieces."""
+    for seed in range(20):
+        uploader = Uploader(Source(), rng=random.Random(seed), slots=1)
+        for number, piece in enumerate((7, 3, 5, 1)):
+            uploader.enqueue(channel(1), ask(number, piece))
+        assert [piece for _, piece in serve_all(uploader)] == [7, 3, 5, 1]
+
+
 def test_the_least_replicated_piece_of_all_peers_goes_first():
     source = Source()
     source.copies = {0: 5, 1: 1, 2: 3}

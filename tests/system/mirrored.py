@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -79,6 +80,20 @@ class Mirrored:
         status, seconds = done.stdout.split()
         complete = done.returncode == 0
         return int(status) if complete else 0, body.read_bytes() if body.exists() else b"", float(seconds)
+
+    def first_byte(self, host: int, path: str, timeout: float = 30) -> tuple[int, float]:
+        """Status, and seconds until the first byte of the content (not of the header); the rest is read too.
+
+        A header needs no content, so curl's own figure would not say it.
+        """
+        script = (
+            "import sys,time,urllib.request as u; a=time.monotonic(); r=u.urlopen(sys.argv[1],timeout=float(sys.argv[2])); "
+        )
+        script += "r.read(1); b=time.monotonic()-a; r.read(); print(r.status, b)"
+        argv = [sys.executable, "-Ic", script, f"{BASE}{path}", str(timeout)]
+        done = subprocess.run(self.hosts.command(host, argv), capture_output=True, text=True, timeout=timeout + 5, check=True)
+        status, seconds = done.stdout.split()
+        return int(status), float(seconds)
 
     def blob_path(self, repository: str, digest: str) -> str:
         return f"/v2/{repository}/blobs/{digest}?ns={self.registry.name}"
