@@ -272,13 +272,28 @@ def decode(data_untrusted: bytes | memoryview, kind: type[T], *, max_bytes: int 
     Raises:
         RemoteProtocolError: Too long, malformed, too deep, or out of bounds.
     """
+    return _typed(_bounded(data_untrusted, max_bytes), kind)
+
+
+def decode_into(data_untrusted: bytes | memoryview, kind: type[T], *, max_bytes: int = MAX_FRAME_BYTES) -> T:
+    """As `decode`, for what is no struct: `kind` is one with a single field, `array_like`, and the value goes in there.
+
+    msgspec keeps what it knows of a struct; a bare union or list it works out anew each time, in five times the time.
+    """
+    return _typed([_bounded(data_untrusted, max_bytes)], kind)
+
+
+def _bounded(data_untrusted: bytes | memoryview, max_bytes: int) -> Any:
     if len(data_untrusted) > max_bytes:
         raise RemoteProtocolError(f"frame of {len(data_untrusted)} bytes, at most {max_bytes} allowed")
-    value = decode_untyped(data_untrusted)
+    return decode_untyped(data_untrusted)
+
+
+def _typed(value: object, kind: type[T]) -> T:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise RemoteProtocolError(f"not a valid {getattr(kind, '__name__', 'message')}: {error}") from error
+        raise RemoteProtocolError(f"not a valid {kind.__name__}: {error}") from error
 
 
 def _refuse_tag(*_: object) -> NoReturn:
@@ -330,7 +345,10 @@ def join_frame(encoded: list[bytes]) -> bytes:
     return header + b"".join(encoded)
 
 
-_FRAME = Annotated[list[Message], Meta(max_length=1024)]
+class Frame(Struct, frozen=True, array_like=True):
+    """One control frame."""
+
+    messages: Annotated[list[Message], Meta(max_length=1024)]
 
 
 def decode_frame(data_untrusted: bytes) -> list[Message]:
@@ -339,7 +357,7 @@ def decode_frame(data_untrusted: bytes) -> list[Message]:
     Raises:
         RemoteProtocolError: As `decode`.
     """
-    return decode(data_untrusted, _FRAME)
+    return decode_into(data_untrusted, Frame).messages
 
 
 def decode_channel_frame(data_untrusted: bytes) -> ChannelFrame:
@@ -354,7 +372,4 @@ def decode_channel_frame(data_untrusted: bytes) -> ChannelFrame:
     if not isinstance(value, list):
         raise RemoteProtocolError("pieces channel frame is not an array")
     kind: type[Request] | type[Cancel] = Cancel if len(value) == 1 else Request
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise RemoteProtocolError(f"not a valid {kind.__name__}: {error}") from error
+    return _typed(value, kind)

@@ -380,6 +380,42 @@ def test_a_member_that_goes_out_of_date_while_connected_is_dropped(closed, wall)
     assert b.status().members == 0
 
 
+def test_a_certificate_that_was_good_before_is_refused_from_the_second_it_is_out_of_date(closed, wall):
+    a, b = network.load(closed.issue("a", days=1), clock=wall), closed.load("b")
+    b.learn(a.certificate)
+    wall.now += DAY
+    with pytest.raises(NotAMember, match="out of date since"):
+        b.learn(a.certificate)
+
+
+def test_a_certificate_that_comes_again_is_not_read_again(closed, monkeypatch):
+    a, b = closed.load("a"), closed.load("b")
+    assert b.learn(a.certificate) == a.public_key
+    monkeypatch.setattr(certificates.Authority, "read_member", lambda *_: pytest.fail("read again"))
+    assert b.learn(bytes(bytearray(a.certificate))) == a.public_key
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        b.learn(a.certificate[:-1] + bytes([a.certificate[-1] ^ 1]))
+
+
+def test_the_certificates_of_members_crowded_out_are_forgotten_too(closed, monkeypatch):
+    monkeypatch.setattr(network, "MAX_MEMBERS", 2)
+    a, b, c, d = (closed.load(name) for name in "abcd")
+    for member in (a, b, a, c):
+        d.learn(member.certificate)
+    assert [d.is_member(member.public_key) for member in (a, b, c)] == [True, False, True]
+    read: list[bytes] = []
+    really = certificates.Authority.read_member
+
+    def read_member(authority: certificates.Authority, der: bytes) -> certificates.Member:
+        read.append(der)
+        return really(authority, der)
+
+    monkeypatch.setattr(certificates.Authority, "read_member", read_member)
+    for member in (a, b):
+        d.learn(member.certificate)
+    assert read == [b.certificate]
+
+
 def test_a_node_that_is_itself_revoked_says_so_once_and_goes_on(closed):
     a = closed.load("a")
     (closed.issue("a") / "ca.crl").write_bytes(closed.revoke(a.node_id.hex()))

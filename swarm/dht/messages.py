@@ -156,6 +156,12 @@ Answer = Pong | Contacts | Providers | Stored
 Message = Query | Answer
 
 
+class Datagram(Struct, frozen=True, array_like=True):
+    """What follows the header of a datagram."""
+
+    message: Message
+
+
 class ContactBody(Struct, frozen=True, array_like=True):
     """What a contact signs to enter a routing table: it answers here and now, to this asker, as seen from this address."""
 
@@ -185,7 +191,7 @@ def read(datagram_untrusted: bytes) -> Message:
     Raises:
         RemoteProtocolError: Malformed or out of bounds.
     """
-    return wire.decode(datagram_untrusted[HEADER_BYTES:], Message, max_bytes=MAX_DATAGRAM_BYTES)  # type: ignore[arg-type]  # a union
+    return wire.decode_into(datagram_untrusted[HEADER_BYTES:], Datagram, max_bytes=MAX_DATAGRAM_BYTES).message
 
 
 def packed_query_bytes(query: Query) -> int:
