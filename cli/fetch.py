@@ -150,7 +150,7 @@ def _ask(
     embedded: bool,
 ) -> Answer:
     """The running node's answer; where none runs, that of one run here."""
-    from swarm.config import locate_data_dir
+    from swarm.places import locate_data_dir
 
     if config is None and not embedded:
         directory = locate_data_dir(data_dir)

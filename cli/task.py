@@ -9,8 +9,8 @@ import click
 
 from cli.options import data_dir_option, json_option
 from cli.output import ago, emit_json, print_fields, print_table
-from swarm.config import locate_data_dir
 from swarm.control.client import ask
+from swarm.places import locate_data_dir
 from swarm.quantities import human_duration, human_size
 
 

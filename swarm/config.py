@@ -19,6 +19,7 @@ from types import UnionType
 from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from swarm.errors import ConfigError
+from swarm.places import default_data_dir, default_file
 from swarm.quantities import (
     MIB,
     Endpoint,
@@ -48,6 +49,7 @@ _REGISTRY: Final = re.compile(
     r"(\*\.)?([a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*|\[[0-9a-f:.]{2,45}\])(:[1-9][0-9]{0,4})?"
 )
 _ENDPOINT: Final = re.compile(r"https?://([A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[[0-9a-f:.]+\])(:[0-9]{1,5})?/?")
+_CONGESTION_CONTROL: Final = re.compile(r"[a-z0-9_]{0,15}")
 _HUB: Final = re.compile(r"https?://(?!\*)" + _REGISTRY.pattern + r"(/[A-Za-z0-9][A-Za-z0-9._~-]*)*/?")
 _PROGRAM: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -134,6 +136,12 @@ class PeersSettings:
         False,
         "Send pieces over TLS always. Otherwise they travel in clear, protected against change by signed proofs, except "
         "content that needed credentials.",
+    )
+    congestion_control: str = setting(
+        "cubic",
+        "TCP congestion control of the pieces we send (`net.ipv4.tcp_available_congestion_control`); empty for the system's. A "
+        "node sends many short transfers to many peers, and what measures its way for seconds, as `bbr` does, keeps some of "
+        "them slow. Choose `bbr` for peers behind lines that lose packets.",
     )
     give_up: float = setting(
         15.0,
@@ -442,39 +450,6 @@ def load(
     return settings
 
 
-def default_file(environment: Mapping[str, str]) -> Path:
-    """The configuration nobody named: `/etc/swarm/swarm.toml` for root, else below `$XDG_CONFIG_HOME`."""
-    if os.geteuid() == 0:
-        return Path("/etc/swarm/swarm.toml")
-    return Path(environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "swarm" / "swarm.toml"
-
-
-def default_data_dir(environment: Mapping[str, str]) -> Path:
-    """`/var/lib/swarm` for root, else below `$XDG_STATE_HOME`."""
-    if os.geteuid() == 0:
-        return Path("/var/lib/swarm")
-    return Path(environment.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) / "swarm"
-
-
-def locate_data_dir(flag: Path | None, environment: Mapping[str, str] | None = None) -> Path:
-    """Where the daemon's control socket is, without reading more than that needs.
-
-    Raises:
-        ConfigError: The configuration file cannot be read, or its `data_dir` is no path.
-    """
-    environment = os.environ if environment is None else environment
-    if flag is not None:
-        return flag
-    if environment.get("SWARM_DATA_DIR"):
-        return Path(environment["SWARM_DATA_DIR"])
-    file = Path(environment["SWARM_CONFIG"]) if environment.get("SWARM_CONFIG") else default_file(environment)
-    if file.exists():
-        value, where = _from_file(file).get("data_dir", (None, ""))
-        if value is not None:
-            return Path(str(_read(value, Path, Meta(""), f"{where}: data_dir")))
-    return default_data_dir(environment)
-
-
 def check(settings: Settings) -> None:
     """Rules between settings.
 
@@ -497,6 +472,11 @@ def check(settings: Settings) -> None:
     hub = settings.mirror.huggingface
     if hub and not _HUB.fullmatch(hub):
         raise ConfigError(f"mirror.huggingface = {shown(hub)}: expected http://host:port or https://host:port, or nothing")
+    if not _CONGESTION_CONTROL.fullmatch(settings.peers.congestion_control):
+        raise ConfigError(
+            f"peers.congestion_control = {shown(settings.peers.congestion_control)}: expected one of "
+            "`sysctl net.ipv4.tcp_available_congestion_control`, or nothing for the system's"
+        )
     if settings.store.low_watermark > settings.store.high_watermark:
         raise ConfigError(
             f"store.low_watermark ({settings.store.low_watermark}) is above store.high_watermark "
@@ -519,6 +499,16 @@ def _from_file(path: Path) -> dict[str, tuple[object, str]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration {path} is not valid TOML: {error}") from error
     return {name: (value, str(path)) for name, value in _flatten(table, path)}
+
+
+def data_dir_in(path: Path) -> Path | None:
+    """What a configuration file says of `data_dir`, read without the rest.
+
+    Raises:
+        ConfigError: It cannot be read, or this is no path.
+    """
+    value, where = _from_file(path).get("data_dir", (None, ""))
+    return None if value is None else Path(str(_read(value, Path, Meta(""), f"{where}: data_dir")))
 
 
 def _flatten(table: dict[str, Any], path: Path) -> Iterator[tuple[str, object]]:

@@ -295,6 +295,7 @@ def connect(
         upload_rate=settings.peers.upload_rate,
         task_upload_rate=settings.peers.task_upload_rate,
         download_rate=settings.peers.download_rate,
+        congestion_control=settings.peers.congestion_control,
         agent=f"swarm/{__version__}",
     )
     hub = PeerHub(membership, service, service, settings=peers, rng=rng)

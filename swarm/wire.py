@@ -345,7 +345,7 @@ def join_frame(encoded: list[bytes]) -> bytes:
     return header + b"".join(encoded)
 
 
-class Frame(Struct, frozen=True, array_like=True):
+class _Frame(Struct, frozen=True, array_like=True):
     """One control frame."""
 
     messages: Annotated[list[Message], Meta(max_length=1024)]
@@ -357,7 +357,7 @@ def decode_frame(data_untrusted: bytes) -> list[Message]:
     Raises:
         RemoteProtocolError: As `decode`.
     """
-    return decode_into(data_untrusted, Frame).messages
+    return decode_into(data_untrusted, _Frame).messages
 
 
 def decode_channel_frame(data_untrusted: bytes) -> ChannelFrame:

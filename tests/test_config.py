@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm import config
+from swarm import config, places
 from swarm.config import Settings, load
 from swarm.errors import ConfigError
 from swarm.quantities import (
@@ -148,17 +148,28 @@ def test_listening_on_loopback_needs_no_network(address):
     assert str(load(environment={}, flags={"network.listen": address}).network.listen) == address
 
 
+@pytest.mark.parametrize("name", ["", "bbr", "cubic", "dctcp"])
+def test_congestion_controls_are_named(name):
+    assert load(environment={"SWARM_PEERS_CONGESTION_CONTROL": name}).peers.congestion_control == name
+
+
+@pytest.mark.parametrize("name", ["BBR", "cubic reno", "a" * 16, "cubic;"])
+def test_what_is_no_congestion_control_is_refused_with_where_to_look(name):
+    with pytest.raises(ConfigError, match=r"peers\.congestion_control .*tcp_available_congestion_control"):
+        load(environment={"SWARM_PEERS_CONGESTION_CONTROL": name})
+
+
 def test_a_face_can_be_switched_off():
     assert load(environment={"SWARM_HTTP_LISTEN": "off"}).http.listen is None
 
 
 def test_the_data_directory_of_the_command_is_that_of_the_daemon(tmp_path):
     path = written(tmp_path, f'data_dir = "{tmp_path}/d"\n')
-    assert config.locate_data_dir(None, {"SWARM_CONFIG": str(path)}) == tmp_path / "d"
-    assert config.locate_data_dir(None, {"SWARM_CONFIG": str(path), "SWARM_DATA_DIR": "/e"}) == Path("/e")
-    assert config.locate_data_dir(Path("/f"), {"SWARM_DATA_DIR": "/e"}) == Path("/f")
+    assert places.locate_data_dir(None, {"SWARM_CONFIG": str(path)}) == tmp_path / "d"
+    assert places.locate_data_dir(None, {"SWARM_CONFIG": str(path), "SWARM_DATA_DIR": "/e"}) == Path("/e")
+    assert places.locate_data_dir(Path("/f"), {"SWARM_DATA_DIR": "/e"}) == Path("/f")
     state = {"XDG_STATE_HOME": "/s", "SWARM_CONFIG": str(written(tmp_path, ""))}
-    assert config.locate_data_dir(None, state) == config.default_data_dir(state)
+    assert places.locate_data_dir(None, state) == places.default_data_dir(state)
 
 
 @pytest.mark.parametrize(

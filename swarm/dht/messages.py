@@ -156,7 +156,7 @@ Answer = Pong | Contacts | Providers | Stored
 Message = Query | Answer
 
 
-class Datagram(Struct, frozen=True, array_like=True):
+class _Datagram(Struct, frozen=True, array_like=True):
     """What follows the header of a datagram."""
 
     message: Message
@@ -191,7 +191,7 @@ def read(datagram_untrusted: bytes) -> Message:
     Raises:
         RemoteProtocolError: Malformed or out of bounds.
     """
-    return wire.decode_into(datagram_untrusted[HEADER_BYTES:], Datagram, max_bytes=MAX_DATAGRAM_BYTES).message
+    return wire.decode_into(datagram_untrusted[HEADER_BYTES:], _Datagram, max_bytes=MAX_DATAGRAM_BYTES).message
 
 
 def packed_query_bytes(query: Query) -> int:

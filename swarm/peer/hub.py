@@ -227,7 +227,15 @@ class PeerHub:
         settings = self.settings
         upload_rate = RateLimit(settings.upload_rate, settings.task_upload_rate, now)
         download_rate = RateLimit(settings.download_rate, settings.task_download_rate, now)
-        server = PiecesServer(self, self._uploads, self._uploader, watch=self._watch, rate=upload_rate, rule=settings.rule)
+        server = PiecesServer(
+            self,
+            self._uploads,
+            self._uploader,
+            watch=self._watch,
+            rate=upload_rate,
+            rule=settings.rule,
+            congestion_control=settings.congestion_control,
+        )
         await nursery.start(server.run)
         self._state = _Running(nursery, server, download_rate)
         nursery.start_soon(self._watch.run)

@@ -93,13 +93,16 @@ class PiecesServer:
         watch: Watch,
         rate: RateLimit,
         rule: ProgressRule,
+        congestion_control: str = "",
     ) -> None:
+        """`congestion_control`: of TCP, for what we send; empty for the system's."""
         self._doorkeeper = doorkeeper
         self._source = source
         self._uploader = uploader
         self._watch = watch
         self._rate = rate
         self._rule = ProgressRule(rule.silence * SLOW_GRACE, rule.floor / SLOW_GRACE, rule.window * SLOW_GRACE)
+        self._congestion_control = congestion_control
         self._channels: dict[Channel, ServedChannel] = {}
         self._timer = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -169,7 +172,21 @@ class PiecesServer:
             self._close(known)  # One of each kind for each peer, the newest: a thousand would be a thousand buffers.
         served = self._channels[channel] = ServedChannel(channel, pipe)
         _set_unsent(pipe, MIN_UNSENT_BYTES)
+        self._control_congestion(pipe)
         return served
+
+    def _control_congestion(self, pipe: Pipe) -> None:
+        if not self._congestion_control:
+            return
+        try:
+            pipe.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._congestion_control.encode())
+        except OSError as error:
+            log.info(
+                "TCP congestion control not set, the system's is used; see net.ipv4.tcp_available_congestion_control",
+                wanted=self._congestion_control,
+                reason=error.strerror,
+            )
+            self._congestion_control = ""  # once is enough
 
     def _close(self, served: ServedChannel) -> None:
         served.pipe.close()

@@ -27,6 +27,7 @@ class PeerSettings:
         advertise: Addresses told to peers beside the one they see.
         upload_rate, download_rate: Bytes a second for the node; 0 does not limit.
         task_upload_rate, task_download_rate: The same for each task.
+        congestion_control: Of TCP, for the pieces we send; empty for the system's.
         max_links: Members connected at a time; a download keeps 16 to 24 neighbours for each task.
         max_handshakes: Connections not yet authenticated, on both ports; the oldest gives way.
         max_handshakes_per_host: The same from one address: 500 half-open connections must not keep a member out.
@@ -40,6 +41,7 @@ class PeerSettings:
     download_rate: float = 0
     task_upload_rate: float = 0
     task_download_rate: float = 0
+    congestion_control: str = "cubic"
     max_links: int = 512
     max_handshakes: int = 256
     max_handshakes_per_host: int = 64

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from structlog.testing import capture_logs
 
 from swarm import wire
 from swarm.edges import FileSlice, NodeId, Served
@@ -93,7 +94,7 @@ class Client:
 
 
 class World:
-    def __init__(self, path: Path, nursery: trio.Nursery, **rates: float) -> None:
+    def __init__(self, path: Path, nursery: trio.Nursery, congestion_control: str = "", **rates: float) -> None:
         self.nursery = nursery
         self.source = Source(path)
         self.watch = Watch()
@@ -107,6 +108,7 @@ class World:
             watch=self.watch,
             rate=RateLimit(rates.get("node", 0), rates.get("task", 0), trio.current_time()),
             rule=ProgressRule(),
+            congestion_control=congestion_control,
         )
         self.sockets: list[Client] = []
 
@@ -118,16 +120,16 @@ class World:
             raise PeerError("unknown")
         return opening_untrusted.node
 
-    def raw(self) -> Client:
-        ours, theirs = socket.socketpair()
+    def raw(self, pair: tuple[socket.socket, socket.socket] | None = None) -> Client:
+        ours, theirs = pair or socket.socketpair()
         ours.setblocking(False)
         theirs.setblocking(False)
         self.nursery.start_soon(self.serve, theirs)
         self.sockets.append(Client(ours))
         return self.sockets[-1]
 
-    async def client(self, number: int = 1) -> Client:
-        client = self.raw()
+    async def client(self, number: int = 1, pair: tuple[socket.socket, socket.socket] | None = None) -> Client:
+        client = self.raw(pair)
         await client.pipe.send_all(MAGIC)
         await client.pipe.receive_exactly(NONCE_BYTES)
         await client.ask()
@@ -152,9 +154,9 @@ def ask(request_id: int, piece: int = 0, offset: int = 0, length: int = PIECE, t
 
 
 @asynccontextmanager
-async def world(path: Path, **rates: float) -> AsyncIterator[World]:
+async def world(path: Path, congestion_control: str = "", **rates: float) -> AsyncIterator[World]:
     async with trio.open_nursery() as nursery:
-        result = World(path / "content", nursery, **rates)
+        result = World(path / "content", nursery, congestion_control, **rates)
         nursery.start_soon(result.watch.run)
         await nursery.start(result.server.run)
         yield result
@@ -164,6 +166,12 @@ async def world(path: Path, **rates: float) -> AsyncIterator[World]:
     assert result.source.open == 0, "a slice was not released"
     assert result.uploader.active == 0
     os.close(result.source.fd)
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        return ours, listener.accept()[0]
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
@@ -210,6 +218,33 @@ def test_a_signers_certificate_goes_out_once_on_a_channel(tmp_path):
             again = await w.client(2)
             await again.ask(ask(1, 0, 0, 10))
             assert (await again.answer())[0].certificate == b"cert"
+
+    run(main)
+
+
+def test_pieces_go_out_under_the_congestion_control_asked_for(tmp_path):
+    async def main() -> None:
+        async with world(tmp_path, congestion_control="reno") as w:
+            pair = tcp_pair()
+            before = pair[1].getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+            client = await w.client(pair=pair)
+            await client.ask(ask(1))
+            await client.answer()
+            assert pair[1].getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
+            assert pair[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16) == before
+
+    run(main)
+
+
+def test_a_congestion_control_this_machine_has_not_is_told_once_and_pieces_go_out(tmp_path):
+    async def main() -> None:
+        with capture_logs() as logs:
+            async with world(tmp_path, congestion_control="none_such") as w:
+                for number in (1, 2):
+                    client = await w.client(number, tcp_pair())
+                    await client.ask(ask(1))
+                    assert (await client.answer())[1] == CONTENT[:PIECE]
+        assert [entry["wanted"] for entry in logs if "congestion" in entry["event"]] == ["none_such"]
 
     run(main)
 
