@@ -159,6 +159,9 @@ class Hosts:
             ),
             self._bridge,
         )
+        # A switch has no firewall: where the machine has br_netfilter loaded, each frame would go through its hooks.
+        off = 'for f in /proc/sys/net/bridge/bridge-nf-call-*; do [ ! -e "$f" ] || echo 0 > "$f"; done'
+        run("ip", "netns", "exec", self._bridge, "sh", "-c", off)
         for host in self.all():
             self._add(host)
 
