@@ -138,10 +138,10 @@ class PeersSettings:
         "content that needed credentials.",
     )
     congestion_control: str = setting(
-        "cubic",
-        "TCP congestion control of the pieces we send (`net.ipv4.tcp_available_congestion_control`); empty for the system's. A "
-        "node sends many short transfers to many peers, and what measures its way for seconds, as `bbr` does, keeps some of "
-        "them slow. Choose `bbr` for peers behind lines that lose packets.",
+        "",
+        "TCP congestion control of the pieces we send, one of `net.ipv4.tcp_available_congestion_control`; empty for the "
+        "system's. Where links between nodes are slower than the nodes, `cubic` ends sooner than `bbr`; where they are faster, "
+        "`bbr` costs less processor time.",
     )
     give_up: float = setting(
         15.0,

@@ -41,7 +41,7 @@ class PeerSettings:
     download_rate: float = 0
     task_upload_rate: float = 0
     task_download_rate: float = 0
-    congestion_control: str = "cubic"
+    congestion_control: str = ""
     max_links: int = 512
     max_handshakes: int = 256
     max_handshakes_per_host: int = 64
