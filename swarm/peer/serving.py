@@ -183,7 +183,7 @@ class PiecesServer:
         except OSError as error:
             log.info(
                 "TCP congestion control not set, the system's is used; see net.ipv4.tcp_available_congestion_control",
-                wanted=self._congestion_control,
+                name=self._congestion_control,
                 reason=error.strerror,
             )
             self._congestion_control = ""  # once is enough

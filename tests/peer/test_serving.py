@@ -244,7 +244,7 @@ def test_a_congestion_control_this_machine_has_not_is_told_once_and_pieces_go_ou
                     client = await w.client(number, tcp_pair())
                     await client.ask(ask(1))
                     assert (await client.answer())[1] == CONTENT[:PIECE]
-        assert [entry["wanted"] for entry in logs if "congestion" in entry["event"]] == ["none_such"]
+        assert [entry["name"] for entry in logs if "congestion" in entry["event"]] == ["none_such"]
 
     run(main)
 
