@@ -293,7 +293,7 @@ def _typed(value: object, kind: type[T]) -> T:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise RemoteProtocolError(f"not a valid {kind.__name__}: {error}") from error
+        raise RemoteProtocolError(f"not a valid {kind.__name__.removeprefix('_')}: {error}") from error
 
 
 def _refuse_tag(*_: object) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from typing import Final, Protocol
@@ -181,8 +182,10 @@ class PiecesServer:
         try:
             pipe.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._congestion_control.encode())
         except OSError as error:
-            log.info(
-                "TCP congestion control not set, the system's is used; see net.ipv4.tcp_available_congestion_control",
+            if error.errno not in (errno.ENOENT, errno.EPERM):
+                return  # this connection's own trouble: its next use finds it, and the other channels keep what was asked for
+            log.warning(
+                "TCP congestion control not to be had, the system's is used; see net.ipv4.tcp_available_congestion_control",
                 name=self._congestion_control,
                 reason=error.strerror,
             )

@@ -249,6 +249,18 @@ def test_a_congestion_control_this_machine_has_not_is_told_once_and_pieces_go_ou
     run(main)
 
 
+def test_one_connection_that_takes_no_congestion_control_does_not_take_it_from_the_others(tmp_path):
+    async def main() -> None:
+        async with world(tmp_path, congestion_control="reno") as w:
+            for number, pair in ((1, socket.socketpair()), (2, tcp_pair())):
+                client = await w.client(number, pair)
+                await client.ask(ask(1))
+                assert (await client.answer())[1] == CONTENT[:PIECE]
+            assert pair[1].getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
+
+    run(main)
+
+
 def test_a_refusal_has_no_body_and_the_channel_goes_on(tmp_path):
     async def main() -> None:
         async with world(tmp_path) as w:
