@@ -30,10 +30,11 @@ SYNCED: Final = 0
 APPLICATION_ID: Final = 0x7377726D
 """``swrm``: tells our data base from any other SQLite file."""
 
-BATCH_ROWS: Final = 64
-BATCH_SECONDS: Final = 0.01
-"""A batch is committed when it has this many rows or is this old.  10 ms is less than one piece at 100 Mbit/s, so that a
-kill -9 costs next to nothing, and many commits fewer than one for each piece where pieces come fast."""
+BATCH_ROWS: Final = 3
+BATCH_SECONDS: Final = 0.25
+"""A batch is committed when it has this many rows or is this old, so that a kill -9 costs a few pieces at most.  Each batch
+wakes the thread twice, which takes the interpreter's lock from the event loop: a commit for each piece (10 ms) was 6 % of
+what the daemons of a busy machine did."""
 
 MAX_BATCH: Final = 4096
 """Rows in one transaction; keeps the log of one commit below 2 MiB when a backlog is worked off."""

@@ -14,7 +14,6 @@ from typing import IO
 
 import pytest
 
-from swarm.store import database
 from tests.integration.store_writer import PIECES, material
 from tests.store.material import disk_store, opened
 
@@ -107,7 +106,7 @@ def kill_again_and_again(writer: Writer, directory: Path, kills: int, pause: flo
 def test_verified_pieces_survive_kill_9_but_for_those_of_the_last_batch(writer: Writer, tmp_path: Path) -> None:
     again, worst = kill_again_and_again(writer, tmp_path, KILLS, pause=0.0005, most=90, seed=1)
     assert again == 0, "what is held after the kill is never fetched again"
-    assert worst <= database.BATCH_ROWS
+    assert worst <= 64
 
 
 def test_at_the_pace_of_a_real_download_at_most_four_pieces_are_fetched_again(writer: Writer, tmp_path: Path) -> None:

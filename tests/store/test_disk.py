@@ -701,8 +701,11 @@ def test_a_file_system_in_memory_is_not_filled_with_zeros_first() -> None:
         run(lambda: main(Path(path)))
 
 
-def test_a_data_base_that_cannot_grow_fails_the_completion_and_recovers(tmp_path: Path) -> None:
+def test_a_data_base_that_cannot_grow_fails_the_completion_and_recovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     material = Material(100 * 4096)
+    monkeypatch.setattr(database, "BATCH_ROWS", 64)  # a few rows would fit into pages that are there
 
     async def main() -> None:
         with disk_store(tmp_path / "store") as store, await create(store, material.url, material) as task:
@@ -726,6 +729,7 @@ def test_a_data_base_that_cannot_grow_fails_the_completion_and_recovers(tmp_path
 def test_rows_that_cannot_be_committed_do_not_pile_up_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     material = Material(200 * 512, piece_length=512)
     monkeypatch.setattr(database, "MAX_PENDING", 64)
+    monkeypatch.setattr(database, "BATCH_ROWS", 64)  # a few rows would fit into pages that are there
 
     async def main() -> None:
         with disk_store(tmp_path / "store") as store, await create(store, material.url, material) as task:
