@@ -138,10 +138,10 @@ class PeersSettings:
         "content that needed credentials.",
     )
     congestion_control: str = setting(
-        "",
+        "cubic",
         "TCP congestion control of the pieces we send, one of `net.ipv4.tcp_available_congestion_control`; empty for the "
-        "system's. Where links between nodes are slower than the nodes, `cubic` ends sooner than `bbr`; where they are faster, "
-        "`bbr` costs less processor time.",
+        "system's. Under `bbr` some nodes fall behind where links are slower than the nodes; where they are faster, it costs "
+        "less processor time than `cubic`.",
     )
     give_up: float = setting(
         15.0,

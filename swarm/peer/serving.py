@@ -185,7 +185,8 @@ class PiecesServer:
             if error.errno not in (errno.ENOENT, errno.EPERM):
                 return  # this connection's own trouble: its next use finds it, and the other channels keep what was asked for
             log.warning(
-                "TCP congestion control not to be had, the system's is used; see net.ipv4.tcp_available_congestion_control",
+                "TCP congestion control not to be had, the system's is used; see net.ipv4.tcp_available_congestion_control, "
+                "or set peers.congestion_control to nothing",
                 name=self._congestion_control,
                 reason=error.strerror,
             )
