@@ -180,6 +180,8 @@ class Exchange:
         self._fetched_before = False
         self._origin_paused_until = -INFINITY
         self._disputed: set[int] = set()
+        self._extra_now = 0
+        self._extra_until = -INFINITY
         self._joins: dict[NodeId, tuple[float, int]] = {}
         self._candidates: list[NodeId] = []
         self._candidates_until = -INFINITY
@@ -214,6 +216,19 @@ class Exchange:
 
     def _request_patience(self) -> float:
         return max(self.policy.overloaded, self.policy.overloaded_piece_times * self._piece_time)
+
+    def _extra(self, now: float) -> int:
+        """Pieces that may arrive beyond `Policy.arriving`, for we are behind; worked out twice a second."""
+        if now >= self._extra_until:
+            self._extra_until = now + self.policy.tick
+            theirs = sum(neighbour.held.count() for neighbour in self.neighbours.values())
+            behind = theirs / max(1, len(self.neighbours)) - self.held.count()
+            steps = int(behind / (self.policy.behind_step * self.geometry.piece_count))
+            self._extra_now = max(0, min(self.policy.behind_extra, steps))
+        return self._extra_now
+
+    def _spare_after(self) -> float:
+        return max(self.policy.spare_after, self.policy.spare_after_piece_times * self._piece_time)
 
     def held_anywhere(self) -> pieces.PieceSet:
         """By neighbours that are not doubted."""
@@ -668,7 +683,7 @@ class Exchange:
         holders = [neighbour for neighbour in self.neighbours.values() if neighbour.held.any()]
         for neighbour, piece, spare in choose_requests(
             holders, missing, self.requests, self.counts, self.policy, self._rng, now,
-            patience=self._request_patience(),
+            patience=self._request_patience(), spare_after=self._spare_after(), extra=self._extra(now),
             fetching=bool(self.reading), first=self.first,
         ):  # fmt: skip
             self._do(Request(neighbour.node_id, piece, spare))

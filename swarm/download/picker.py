@@ -56,15 +56,16 @@ class Requests:
 
     Attributes:
         arriving: Piece -> neighbours whose transfer has started.
-        queued: Piece -> neighbours where it waits.  Dictionaries, because sets have another order in each process.
+        queued: Piece -> neighbours where it waits, and since when.  Dictionaries, because sets have another order in each
+            process.
     """
 
     arriving: dict[int, dict[NodeId, None]] = field(default_factory=dict)
-    queued: dict[int, dict[NodeId, None]] = field(default_factory=dict)
+    queued: dict[int, dict[NodeId, float]] = field(default_factory=dict)
 
     def add(self, neighbour: Neighbour, piece: int, now: float) -> None:
         neighbour.queued[piece] = now
-        self.queued.setdefault(piece, {})[neighbour.node_id] = None
+        self.queued.setdefault(piece, {})[neighbour.node_id] = now
 
     def started(self, neighbour: Neighbour, piece: int) -> None:
         self._unqueue(neighbour, piece)
@@ -100,6 +101,8 @@ def choose_requests(
     now: float,
     *,
     patience: float,
+    spare_after: float,
+    extra: int,
     fetching: bool,
     first: Sequence[int] = (),
 ) -> list[tuple[Neighbour, int, bool]]:
@@ -109,10 +112,12 @@ def choose_requests(
         missing: Pieces wanted, not held, and not being read from the origin by us.
         counts: How many neighbours hold each piece.
         patience: Seconds a request may wait before the node it waits at counts as overloaded.
+        spare_after: Seconds a request must have waited before the same piece is asked for elsewhere too.
+        extra: Pieces that may arrive beyond `policy.arriving`.
         fetching: Whether we read anything from the origin at the moment.
         first: Pieces a reader waits for, most urgent first; they go before rarity.
     """
-    if len(requests.arriving) >= policy.arriving:
+    if len(requests.arriving) >= policy.arriving + extra:
         return []
     chosen: list[tuple[Neighbour, int, bool]] = []
     wanted = missing.copy()
@@ -121,12 +126,13 @@ def choose_requests(
     fresh = wanted.copy()
     for waiting in requests.queued:
         fresh[waiting] = False
-    queued = policy.queued_at_each(len(neighbours))
+    outstanding = policy.outstanding + 2 * extra
+    queued = policy.queued_at_each(len(neighbours), outstanding)
     # What has waited long sits in the queue of a node that everybody asks, or is no longer rare there, and whatever is goes
     # before it: something else is asked for in its place.
     overdue = now - patience
     expected = {n.node_id: sum(asked > overdue for asked in n.queued.values()) for n in neighbours}
-    room = policy.outstanding - len(requests.arriving) - sum(expected.values())
+    room = outstanding - len(requests.arriving) - sum(expected.values())
     most = max(queued, policy.queued_overdue)
     order = [n for n in neighbours if expected[n.node_id] < queued and len(n.queued) < most and n.paused_until <= now]
     rng.shuffle(order)
@@ -137,7 +143,10 @@ def choose_requests(
             piece = _pick(fresh & neighbour.held, counts, rng, first)
             spare = piece is None
             if piece is None and not neighbour.queued and len(requests.arriving) < policy.spare_arriving:
-                piece = _pick_endgame(wanted & neighbour.held, requests, neighbour, counts, policy, rng, busy=busy, first=first)
+                piece = _pick_endgame(
+                    wanted & neighbour.held, requests, neighbour, counts, policy, rng,
+                    busy=busy, first=first, asked_before=now - spare_after,
+                )  # fmt: skip
             if piece is None:
                 break
             fresh[piece] = False
@@ -171,11 +180,16 @@ def _pick_endgame(
     *,
     busy: bool,
     first: Sequence[int],
+    asked_before: float,
 ) -> int | None:
-    """Ask again for something that waits elsewhere: whoever starts first sends it."""
+    """Ask again for something that waits elsewhere, and has for a while: whoever starts first sends it.
+
+    The others' transfers are cancelled when the first one's header is read here.  What is asked of two that are idle both is
+    sent by both, for neither cancel comes in time.
+    """
     bound = policy.endgame_holders if busy else policy.endgame_holders_starving
     for candidate in list(indices(available)):
-        holders = requests.queued.get(candidate, ())
-        if len(holders) >= bound or neighbour.node_id in holders:
+        asked = requests.queued.get(candidate, {})
+        if len(asked) >= bound or neighbour.node_id in asked or any(since > asked_before for since in asked.values()):
             available[candidate] = False
     return _pick(available, counts, rng, first)

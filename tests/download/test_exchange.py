@@ -441,7 +441,7 @@ def test_progress_starts_the_patience_anew() -> None:
 
 def test_when_a_transfer_starts_the_piece_is_no_longer_asked_elsewhere() -> None:
     engine = Engine(held=range(1, PIECES), origin=False).joined(*NEAR[:3], held=[0])
-    asked = requested(engine.after())
+    asked = requested(engine.after(3 * max(POLICY.spare_after, POLICY.tick)))
     assert len(asked) > 1
     first, piece = asked[0]
     engine.exchange.piece_started(first, piece, engine.now)
@@ -508,6 +508,32 @@ def test_a_node_whose_neighbours_keep_it_waiting_knows() -> None:
         for piece in list(neighbour.queued):
             engine.exchange.piece_verified(piece, neighbour.node_id, engine.now)
     assert not engine.exchange.is_starved(engine.now)
+
+
+def test_a_node_that_is_behind_its_neighbours_lets_more_arrive() -> None:
+    def outstanding(mine: int, theirs: int) -> int:
+        many = [node_id(1000 + number) for number in range(30)]
+        engine = Engine(origin=False, held=range(mine)).joined(*many, held=range(PIECES - theirs, PIECES))
+        return len(requested(engine.after()))
+
+    policy = POLICY
+    step = round(policy.behind_step * PIECES + 0.5)
+    assert outstanding(20, 20) == outstanding(21, 20) == policy.outstanding
+    assert policy.outstanding < outstanding(20, 20 + step) <= policy.outstanding + 2 * policy.behind_extra
+    assert outstanding(0, 30) == policy.outstanding + 2 * policy.behind_extra
+
+
+def test_how_far_it_is_behind_is_looked_at_again() -> None:
+    engine = Engine(origin=False).joined(*[node_id(1000 + number) for number in range(30)], held=range(30))
+    first = requested(engine.after())
+    assert len(first) == POLICY.outstanding + 2 * POLICY.behind_extra
+    for who, piece in first:
+        engine.exchange.piece_verified(piece, who, engine.now)
+    engine.exchange.piece_verified(39, NEAR[0], engine.now)
+    for piece in range(30, 39):
+        engine.exchange.piece_verified(piece, NEAR[0], engine.now)
+    engine.now += POLICY.tick
+    assert len(requested(engine.after())) == min(POLICY.outstanding, 30 - len(first))
 
 
 def test_newcomers_are_taken_until_there_are_enough_and_the_starving_longer() -> None:
@@ -788,9 +814,11 @@ class Events(RuleBasedStateMachine):
     def what_is_believed_is_consistent(self) -> None:
         exchange = self.engine.exchange
         assert exchange.counts == [sum(n.held[p] for n in exchange.neighbours.values()) for p in range(PIECES)]
-        for piece, holders in [*exchange.requests.queued.items(), *exchange.requests.arriving.items()]:
-            assert holders
-            assert all(who in exchange.neighbours for who in holders), piece
+        asked = [(piece, [*holders]) for piece, holders in exchange.requests.queued.items()]
+        asked += [(piece, [*senders]) for piece, senders in exchange.requests.arriving.items()]
+        for piece, nodes in asked:
+            assert nodes
+            assert all(who in exchange.neighbours for who in nodes), piece
         assert all(exchange.counts[piece] >= 1 for piece in exchange._single_since)
 
 

@@ -17,6 +17,7 @@ from swarm.download.policy import Policy
 COUNT = 12
 POLICY = replace(Policy(), queued=2, queued_at_few=1, queued_overdue=5, arriving=4, outstanding=10)
 PATIENCE = 1.0
+SPARE_AFTER = 0.5
 
 
 def neighbour(number: int, held: list[int] | None = None) -> Neighbour:
@@ -29,12 +30,12 @@ def counts_of(neighbours: list[Neighbour]) -> list[int]:
 
 def choose(
     neighbours: list[Neighbour], requests: Requests, *, missing: list[int] | None = None, policy: Policy = POLICY,
-    now: float = 0.0, fetching: bool = False, first: list[int] | None = None, seed: int = 1,
+    now: float = 0.0, fetching: bool = False, first: list[int] | None = None, seed: int = 1, extra: int = 0,
 ) -> list[tuple[int, int, bool]]:  # fmt: skip
     wanted = pieces.full(COUNT) if missing is None else pieces.of(COUNT, missing)
     chosen = choose_requests(
         neighbours, wanted, requests, counts_of(neighbours), policy, Random(seed), now,
-        patience=PATIENCE, fetching=fetching, first=first or [],
+        patience=PATIENCE, spare_after=SPARE_AFTER, extra=extra, fetching=fetching, first=first or [],
     )  # fmt: skip
     return [(each.distance, piece, spare) for each, piece, spare in chosen]
 
@@ -66,7 +67,7 @@ def test_the_rarest_piece_is_asked_for_first() -> None:
         counts = counts_of([one, *neighbours[1:]])
         chosen = choose_requests(
             [one], pieces.of(COUNT, [0, 1, 2, 7]), requests, counts, replace(POLICY, queued=1), Random(seed), 0.0,
-            patience=PATIENCE, fetching=False,
+            patience=PATIENCE, spare_after=SPARE_AFTER, extra=0, fetching=False,
         )  # fmt: skip
         assert [piece for _, piece, _ in chosen] == [7]
 
@@ -96,11 +97,13 @@ def test_while_enough_arrives_nothing_more_is_asked_for() -> None:
         requests.add(sender, piece, 0.0)
         requests.started(sender, piece)
     assert choose([sender, neighbour(1)], requests) == []
+    assert choose([sender, neighbour(1)], requests, extra=1), "one that is behind goes on"
 
 
 def test_all_requests_together_are_bounded() -> None:
-    neighbours = [neighbour(number) for number in range(12)]
-    assert len(choose(neighbours, Requests())) == POLICY.outstanding
+    for extra in (0, 1):
+        neighbours = [neighbour(number) for number in range(12)]
+        assert len(choose(neighbours, Requests(), extra=extra)) == POLICY.outstanding + 2 * extra
 
 
 def test_requests_stuck_in_a_long_queue_do_not_keep_us_from_asking_others() -> None:
@@ -126,10 +129,17 @@ def test_a_node_whose_requests_all_wait_behind_rarer_pieces_asks_the_same_neighb
     assert {len(each.queued) for each in neighbours} == {policy.queued_overdue}
 
 
+def asked_again(neighbours: list[Neighbour], requests: Requests, *, fetching: bool) -> list[tuple[int, int, bool]]:
+    """What is asked for in a while when piece 5 is missing and nobody begins to send it."""
+    chosen = []
+    for step in range(20):
+        chosen += choose(neighbours, requests, missing=[5], fetching=fetching, now=step * (SPARE_AFTER + 0.01))
+    return chosen
+
+
 def test_in_the_endgame_a_waiting_piece_is_asked_for_elsewhere_but_not_everywhere() -> None:
     neighbours = [neighbour(number) for number in range(8)]
-    requests = Requests()
-    chosen = choose(neighbours, requests, missing=[5], fetching=True)
+    chosen = asked_again(neighbours, Requests(), fetching=True)
     assert [spare for _, _, spare in chosen] == [False] + [True] * (POLICY.endgame_holders - 1)
     assert {piece for _, piece, _ in chosen} == {5}
     assert len({who for who, _, _ in chosen}) == POLICY.endgame_holders
@@ -137,7 +147,17 @@ def test_in_the_endgame_a_waiting_piece_is_asked_for_elsewhere_but_not_everywher
 
 def test_a_node_to_which_nothing_comes_asks_more_neighbours_for_its_last_piece() -> None:
     neighbours = [neighbour(number) for number in range(8)]
-    assert len(choose(neighbours, Requests(), missing=[5])) == 8
+    assert len(asked_again(neighbours, Requests(), fetching=False)) == 8
+
+
+def test_two_idle_neighbours_are_not_both_asked_for_the_same_piece() -> None:
+    """Both would begin, and neither would hear in time that the other has: all of it came twice."""
+    neighbours = [neighbour(number) for number in range(8)]
+    requests = Requests()
+    assert len(choose(neighbours, requests, missing=[5])) == 1
+    assert choose(neighbours, requests, missing=[5], now=SPARE_AFTER - 0.01) == []
+    assert [spare for _, _, spare in choose(neighbours, requests, missing=[5], now=SPARE_AFTER)] == [True]
+    assert choose(neighbours, requests, missing=[5], now=SPARE_AFTER + 0.1) == [], "the latest request is young"
 
 
 def test_an_arriving_piece_is_not_asked_for_again() -> None:
