@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
+from tests.benchmarks.memory import Kept, kept
 from tests.benchmarks.report import Run
 from tests.benchmarks.torrent import make
 from tests.system.cluster import LINKED, Cluster, Fetched, clean_environment, hosts_dir, same
@@ -54,6 +55,11 @@ class Setting:
         return self.length * 8 / (rate * 1e6)
 
     @property
+    def memory(self) -> int:
+        """Bytes that the hosts' copies take: one in each store, and one as its output."""
+        return self.hosts * self.length * (1 if self.hard_link else 2)
+
+    @property
     def timeout(self) -> float:
         """Seconds after which a run has failed: what a plain download by all would need, and some."""
         return self.floor * (self.hosts + 1) * 1.2 + 60
@@ -66,11 +72,11 @@ class Setting:
 
 
 @contextmanager
-def laid_out(setting: Setting, seed: int) -> Iterator[tuple[Hosts, NginxOrigin, File]]:
-    with Hosts(setting.hosts) as hosts, NginxOrigin(hosts, parent=hosts_dir()) as origin:
+def laid_out(setting: Setting, seed: int) -> Iterator[tuple[Hosts, NginxOrigin, File, Kept]]:
+    with Hosts(setting.hosts) as hosts, NginxOrigin(hosts, parent=hosts_dir()) as origin, kept(setting.memory) as memory:
         file = origin.add("content", setting.length, seed)
         setting.shape(hosts)
-        yield hosts, origin, file
+        yield hosts, origin, file, memory
 
 
 @contextmanager
@@ -150,59 +156,64 @@ def _moved(before: dict[int, Traffic], after: dict[int, Traffic]) -> dict[int, t
 
 def at_once(setting: Setting, seed: int) -> Run:
     """All hosts fetch at the same moment; their daemons are up."""
-    with laid_out(setting, seed) as (hosts, origin, file), Cluster(hosts) as cluster:
+    with laid_out(setting, seed) as (hosts, origin, file, memory), Cluster(hosts) as cluster:
         cluster.start_all()
         cluster.settle(LINKED)
         measured = Measured.begin(cluster, origin)
         options = ["--hard-link"] if setting.hard_link else []
-        fetched = cluster.fetch_all(origin.url(file.name), *options, timeout=setting.timeout)
+        with memory.giving():
+            fetched = cluster.fetch_all(origin.url(file.name), *options, timeout=setting.timeout)
         return measured.run(fetched, file, must=list(hosts.each()))
 
 
 def joining(setting: Setting, seed: int, *, every: float) -> Run:
     """One host after the other begins to fetch, `every` so many seconds."""
-    with laid_out(setting, seed) as (hosts, origin, file), Cluster(hosts) as cluster:
+    with laid_out(setting, seed) as (hosts, origin, file, memory), Cluster(hosts) as cluster:
         cluster.start_all()
         cluster.settle(LINKED)
         measured = Measured.begin(cluster, origin)
         fetches = [cluster.fetch(host, origin.url(file.name)) for host in hosts.each()]
         prepare([it.prepared for it in fetches])
-        first = time.monotonic()
-        for number, fetch in enumerate(fetches):
-            time.sleep(max(0.0, first + number * every - time.monotonic()))
-            fetch.prepared.release()
-        return measured.run(cluster.finish(fetches, setting.timeout), file, must=list(hosts.each()))
+        with memory.giving():
+            first = time.monotonic()
+            for number, fetch in enumerate(fetches):
+                time.sleep(max(0.0, first + number * every - time.monotonic()))
+                fetch.prepared.release()
+            fetched = cluster.finish(fetches, setting.timeout)
+        return measured.run(fetched, file, must=list(hosts.each()))
 
 
 def killed(setting: Setting, seed: int, *, victims: int) -> Run:
     """In the middle, some hosts die: daemon and command get SIGKILL."""
-    with laid_out(setting, seed) as (hosts, origin, file), Cluster(hosts) as cluster:
+    with laid_out(setting, seed) as (hosts, origin, file, memory), Cluster(hosts) as cluster:
         cluster.start_all()
         cluster.settle(LINKED)
         measured = Measured.begin(cluster, origin)
         fetches = [cluster.fetch(host, origin.url(file.name)) for host in hosts.each()]
         dying = random.Random(seed).sample(range(1, setting.hosts + 1), victims)
-        start_together([it.prepared for it in fetches])
-        time.sleep(setting.floor / 2)
-        cpu = sum(cpu_seconds(cluster.daemons[host].pid) for host in dying)
-        for host in dying:
-            fetches[host - 1].prepared.kill()
-            cluster.daemons[host].kill()
-        # What the dead had used before still counts.
-        measured.daemons_before -= cpu
-        fetched = cluster.finish(fetches, setting.timeout)
+        with memory.giving():
+            start_together([it.prepared for it in fetches])
+            time.sleep(setting.floor / 2)
+            cpu = sum(cpu_seconds(cluster.daemons[host].pid) for host in dying)
+            for host in dying:
+                fetches[host - 1].prepared.kill()
+                cluster.daemons[host].kill()
+            # What the dead had used before still counts.
+            measured.daemons_before -= cpu
+            fetched = cluster.finish(fetches, setting.timeout)
         found = measured.run(fetched, file, must=[host for host in hosts.each() if host not in dying])
         return Run(found.figures, {**found.details, "killed": dying})
 
 
 def alone(setting: Setting, seed: int) -> Run:
     """One host without anybody to ask, against `curl` over the same link."""
-    with laid_out(setting, seed) as (hosts, origin, file), Cluster(hosts) as cluster:
+    with laid_out(setting, seed) as (hosts, origin, file, memory), Cluster(hosts) as cluster:
         curl = _curl(hosts, [1], origin.url(file.name), cluster.root, setting.timeout)
         cluster.start_all()
         cluster.settle(LINKED)
         measured = Measured.begin(cluster, origin)
-        fetched = cluster.fetch_all(origin.url(file.name), timeout=setting.timeout)
+        with memory.giving():
+            fetched = cluster.fetch_all(origin.url(file.name), timeout=setting.timeout)
         found = measured.run(fetched, file, must=[1])
         curl_seconds = last_done(curl)
         compared = {"curl_seconds": curl_seconds, "of_curl": found.figures["seconds"] / curl_seconds}
@@ -211,7 +222,7 @@ def alone(setting: Setting, seed: int) -> Run:
 
 def again(setting: Setting, seed: int) -> Run:
     """A host fetches what it has: once more by URL, once more by digest."""
-    with laid_out(setting, seed) as (hosts, origin, file), Cluster(hosts) as cluster:
+    with laid_out(setting, seed) as (hosts, origin, file, _), Cluster(hosts) as cluster:
         cluster.start_all()
         url = origin.url(file.name)
         check([cluster.fetch_one(1, url, timeout=setting.timeout, name="first")], file)
@@ -238,9 +249,10 @@ def again(setting: Setting, seed: int) -> Run:
 
 
 def curl(setting: Setting, seed: int) -> Run:
-    with laid_out(setting, seed) as (hosts, origin, file), work_directory(hosts_dir()) as work:
+    with laid_out(setting, seed) as (hosts, origin, file, memory), work_directory(hosts_dir()) as work:
         before = cpu_seconds(origin.pid)
-        ends = _curl(hosts, hosts.each(), origin.url(file.name), work, setting.timeout)
+        with memory.giving():
+            ends = _curl(hosts, hosts.each(), origin.url(file.name), work, setting.timeout)
         if any(end.code or not same(work / f"curl-{host}", file) for host, end in zip(hosts.each(), ends, strict=True)):
             raise BenchmarkFailed("a curl failed")
         cpu = sum(end.cpu for end in ends) + cpu_seconds(origin.pid) - before
@@ -306,7 +318,7 @@ class Peer:
 
 def libtorrent(setting: Setting, seed: int) -> Run:
     """The origin seeds, all hosts know one another, and all start at the same moment."""
-    with laid_out(setting, seed) as (hosts, _, file), work_directory(hosts_dir()) as work:
+    with laid_out(setting, seed) as (hosts, _, file, memory), work_directory(hosts_dir()) as work:
         torrent = work / "torrent"
         make(file.path, TORRENT_PIECE, torrent)
         endpoints = {host: hosts.endpoint(host, TORRENT_PORT) for host in hosts.all()}
@@ -318,7 +330,8 @@ def libtorrent(setting: Setting, seed: int) -> Run:
                 peer = Peer(lambda argv, host=host: hosts.command(host, argv), torrent, directory, endpoints[host], *known)  # type: ignore[misc]
                 stack.callback(peer.close)
                 peers.append(peer)
-            return _torrent_run(peers, hosts, file, work, setting.timeout)
+            with memory.giving():
+                return _torrent_run(peers, hosts, file, work, setting.timeout)
 
 
 def _torrent_run(peers: Sequence[Peer], hosts: Hosts, file: File, work: Path, timeout: float) -> Run:
