@@ -88,8 +88,8 @@ class Policy:
 
     outstanding: int = 10
     """Requests of one node that wait or arrive, at all neighbours together.  Simulated, 8 to no bound are alike; between real
-    hosts, forty let a dozen senders meet at one downlink, and an eighth of all bytes was sent twice; with 14 (and eight arriving)
-    twenty hosts took 4 % longer than with ten."""
+    hosts, forty let a dozen senders meet at one downlink, and an eighth of all bytes was sent twice; with 14 (and eight
+    arriving) twenty hosts took 4 % longer than with ten."""
 
     behind_extra: int = 5
     behind_step: float = 0.01
