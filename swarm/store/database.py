@@ -149,6 +149,7 @@ class Writer:
         self._waiting = 0
         self._durable_until = 0
         self._error: sqlite3.Error | None = None
+        self._synchronous = ""
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="swarm-store-db", daemon=True)
         self._thread.start()
@@ -255,8 +256,11 @@ class Writer:
 
     def _commit(self, statements: Sequence[Statement], durable: bool) -> sqlite3.Error | None:
         execute = self._connection.execute
+        synchronous = "FULL" if durable else "NORMAL"
         try:
-            execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            if synchronous != self._synchronous:
+                execute(f"PRAGMA synchronous = {synchronous}")
+                self._synchronous = synchronous
             execute("BEGIN IMMEDIATE")
             for sql, values in statements:
                 execute(sql, values)

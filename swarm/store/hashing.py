@@ -13,8 +13,9 @@ from typing import Final
 import structlog
 from blake3 import blake3
 
-READ_BYTES: Final = 1 << 20
-"""Per read: large enough that the interpreter lock changes hands rarely, small enough to stay in the cache."""
+READ_BYTES: Final = 4 << 20
+"""Per read: large enough that the interpreter lock changes hands rarely; hashing itself takes as long from 256 KiB
+to 4 MiB."""
 
 
 def piece_digest(fd: int, offset: int, length: int) -> bytes | None:
