@@ -92,11 +92,11 @@ class Policy:
     arriving) twenty hosts took 4 % longer than with ten."""
 
     behind_extra: int = 5
-    behind_step: float = 0.01
-    """A node that has less than its neighbours have on average lets more arrive: one piece for each hundredth of the content
-    that it is behind, five at most (and twice as many outstanding).  Uploaders prefer what is rare, and what it lacks is
-    not: of twenty hosts, one or two stayed behind with five at once and ended up to 4 s after the others, and with eight at
-    once at all of them, those that were not behind got in one another's way (half a second at the median)."""
+    behind_step: float = 0.005
+    """A node that has less than its neighbours have on average lets more arrive: one piece for each half of a hundredth of
+    the content that it is behind, five at most (and twice as many outstanding).  Uploaders prefer what is rare, and what it
+    lacks is not: of twenty hosts, one or two stayed behind with five at once and ended up to 4 s after the others, and with
+    eight at once at all of them, those that were not behind got in one another's way (half a second at the median)."""
 
     overloaded: float = 0.5
     overloaded_piece_times: float = 6.0
