@@ -14,8 +14,8 @@ import structlog
 from blake3 import blake3
 
 READ_BYTES: Final = 1 << 20
-"""Per read: large enough that the interpreter lock changes hands rarely, small enough for the allocator to keep: buffers of 4 MiB
-come fresh each time, and their page faults cost a tenth of what all of `one-to-one` does."""
+"""Per read: large enough that the interpreter lock changes hands rarely, small enough for the allocator to keep: buffers of 4
+MiB come fresh each time, and their page faults cost a tenth of what all of `one-to-one` does."""
 
 
 def piece_digest(fd: int, offset: int, length: int) -> bytes | None:
