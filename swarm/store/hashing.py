@@ -15,7 +15,7 @@ from blake3 import blake3
 
 READ_BYTES: Final = 1 << 20
 """Per read: large enough that the interpreter lock changes hands rarely, small enough for the allocator to keep: buffers of 4
-MiB come fresh each time, and their page faults cost a tenth of what all of `one-to-one` does."""
+MiB come fresh each time, with page faults (`one-to-one`: 2.3 instead of 2.1 CPU-s/GiB)."""
 
 
 def piece_digest(fd: int, offset: int, length: int) -> bytes | None:
