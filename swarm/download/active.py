@@ -194,8 +194,9 @@ class Active:
 
     def touch(self) -> None:
         """Something changed: the driver is to decide anew."""
-        self.touched = True
-        self.timer.deadline = min(self.timer.deadline, trio.current_time() + GATHER_SECONDS)
+        if not self.touched:  # else its time is set: a busy node is touched six times for each decision
+            self.touched = True
+            self.timer.deadline = min(self.timer.deadline, trio.current_time() + GATHER_SECONDS)
 
     def awaited(self, piece: int) -> trio.Event:
         """Set when this piece is verified (or the whole checked), and when the download ends in whatever way."""

@@ -200,12 +200,15 @@ class Fetcher:
     async def _read(self, pipe: Pipe) -> NoReturn:
         reader = FrameReader(pipe, read_ahead=1024)
         while True:
-            with trio.move_on_after(IDLE_SECONDS if not self._asked else float("inf")) as idle:
+            if self._asked:
                 data = await reader.frame()
-            if idle.cancelled_caught:
-                if self._asked:
-                    continue
-                raise PeerError("idle")
+            else:
+                with trio.move_on_after(IDLE_SECONDS) as idle:
+                    data = await reader.frame()
+                if idle.cancelled_caught:
+                    if self._asked:
+                        continue
+                    raise PeerError("idle")
             if data is None:
                 raise PeerError("channel closed by peer")
             reply = wire.decode(data, wire.Reply, max_bytes=wire.MAX_CHANNEL_FRAME_BYTES)
