@@ -183,6 +183,7 @@ class Exchange:
         self._extra_now = 0
         self._extra_until = -INFINITY
         self._joins: dict[NodeId, tuple[float, int]] = {}
+        self._mesh: list[Neighbour] | None = None
         self._candidates: list[NodeId] = []
         self._candidates_until = -INFINITY
 
@@ -243,8 +244,10 @@ class Exchange:
 
     def mesh(self) -> list[Neighbour]:
         """The linked members among the nearest; with us among them they are all to hear our claims."""
-        ranked = sorted(self.neighbours.values(), key=lambda neighbour: neighbour.distance)
-        return ranked[: self.policy.mesh]
+        if self._mesh is None:
+            ranked = sorted(self.neighbours.values(), key=lambda neighbour: neighbour.distance)
+            self._mesh = ranked[: self.policy.mesh]
+        return self._mesh
 
     def candidates(self) -> list[NodeId]:
         """Who reads the origin: the nearest that are alive, still incomplete, allowed to, not struck out, not slow."""
@@ -306,6 +309,7 @@ class Exchange:
         if known is None:
             known = Neighbour(node_id, self.distance(node_id), pieces.none(count), last_spread=now, gave=now)
             self.neighbours[node_id] = known
+            self._mesh = None
             self._introduce(known)
         self._candidates_until = -INFINITY
         known.reads_origin = join.reads
@@ -317,6 +321,7 @@ class Exchange:
         neighbour = self.neighbours.pop(node_id, None)
         if neighbour is None:
             return
+        self._mesh = None
         self._candidates_until = -INFINITY
         for piece in [*neighbour.queued, *neighbour.arriving]:
             self.requests.ended(neighbour, piece)
@@ -886,11 +891,17 @@ class Exchange:
 
     def relay(self, sender: NodeId, owner: NodeId, claims: list[wire.Signed], reached: bytes) -> None:
         """Pass claims that came from their owner on to the mesh members the owner could not reach itself."""
-        if sender != owner:
-            return
+        if sender == owner:
+            for node_id in self.unreached(sender, reached):
+                self._do(Send(node_id, wire.Claims(self.task_id, claims, b""), urgent=False))
+
+    def unreached(self, sender: NodeId, reached: bytes) -> list[NodeId]:
+        """Mesh members that somebody who sent its claims to those in `reached` did not reach."""
+        if not reached:
+            return []  # it relayed them itself
         known = {reached[i : i + 4] for i in range(0, len(reached), 4)}
-        if not known:
-            return
-        for neighbour in self.mesh():
-            if neighbour.node_id != sender and neighbour.node_id[:4] not in known and not neighbour.complete:
-                self._do(Send(neighbour.node_id, wire.Claims(self.task_id, claims, b""), urgent=False))
+        return [
+            neighbour.node_id
+            for neighbour in self.mesh()
+            if neighbour.node_id != sender and neighbour.node_id[:4] not in known and not neighbour.complete
+        ]

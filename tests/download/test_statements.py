@@ -68,6 +68,31 @@ async def test_a_claim_with_a_forged_signature_costs_its_sender_the_link_and_hol
     assert victim.up
 
 
+@runs()
+async def test_a_claim_with_a_bad_signature_is_passed_on_to_nobody_though_it_comes_from_its_owner(scene: Scene) -> None:
+    owner, other = (scene.peer().takes_part([]) for _ in range(2))
+    await fetching(scene, owner, other)
+    claim = owner.claim(max(unread(scene)))
+    bad = wire.Signed(claim.body, claim.key, bytes(64))
+    owner.say(wire.Claims(scene.task.id, [bad], owner.node_id[:4]))
+    await trio.sleep(0.5)
+    assert owner.violation == "a claim with a bad signature"
+    assert not [message for message in other.told(wire.Claims) if bad in message.claims]
+
+
+@runs()
+async def test_a_claim_that_carries_anothers_signature_does_not_keep_the_others_out(scene: Scene) -> None:
+    thief, owner, carrier = (scene.peer().takes_part([], reads=False) for _ in range(3))
+    await fetching(scene, thief, owner, carrier)
+
+    def stolen(piece: int) -> None:
+        claim = owner.claim(piece)
+        thief.claims(wire.Signed(thief.claim(min(unread(scene))).body, thief.public_key, claim.signature))
+        carrier.claims(claim)
+
+    assert await keeps_unread(scene, stolen)
+
+
 OTHER_CLAIMS: dict[str, dict[str, Any]] = {
     "another task": {"task": bytes(32)},
     "content of another length": {"length": 5 * MIN_PIECE_BYTES},
@@ -96,18 +121,18 @@ async def test_a_claim_signed_by_no_member_holds_nothing_up_and_its_carrier_is_n
 
 @runs()
 async def test_a_claim_signed_in_another_network_holds_nothing_up(scene: Scene) -> None:
-    peer = scene.peer().takes_part([], reads=False)
-    await fetching(scene, peer)
+    peer, carrier = scene.peer().takes_part([], reads=False), scene.peer().takes_part([], reads=False)
+    await fetching(scene, peer, carrier)
     elsewhere = SimulatedMembership(peer.membership._identity, "another network")
     peer.membership, here = elsewhere, peer.membership
 
     def foreign(piece: int) -> None:
         signed = peer.claim(piece)
         peer.membership = here
-        peer.claims(signed)
+        carrier.claims(signed)
 
     assert not await keeps_unread(scene, foreign)
-    assert peer.violation
+    assert carrier.violation
 
 
 @runs()
