@@ -33,6 +33,7 @@ from swarm.peer import sockets, websocket
 from swarm.peer.connection import MAX_SKEW_SECONDS, SETUP_SECONDS, skew
 from swarm.peer.dialling import MAX_ADDRESSES, Dialler, Unwanted
 from swarm.peer.fetching import BufferPool, Fetcher
+from swarm.peer.flushing import Flusher
 from swarm.peer.limits import Failures, RateLimit
 from swarm.peer.link import Link
 from swarm.peer.pieces_channel import Watch, check_open, open_mac
@@ -131,6 +132,7 @@ class PeerHub:
         self._closing = False
         self._pool = BufferPool()
         self._watch = Watch()
+        self.flusher = Flusher()
         self._uploader = Uploader(uploads, rng=rng)
         self._uploads = uploads
         self._count_accepted = self._count_refused = self._count_violations = 0
@@ -239,6 +241,7 @@ class PeerHub:
         await nursery.start(server.run)
         self._state = _Running(nursery, server, download_rate)
         nursery.start_soon(self._watch.run)
+        nursery.start_soon(self.flusher.run)
         nursery.start_soon(self._liveness)
         nursery.start_soon(self._housekeeping)
 

@@ -63,7 +63,8 @@ class Link:
         self._close_code = websocket.GOING_AWAY
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
-        self._wake = trio.Event()
+        self._open = False
+        self._blocked = trio.Event()
         self._sending_since = float("inf")
         self._connection = Connection(trio.current_time())
         self._socket = ControlSocket(stream, self._frame_received, client=dialled, host=str(remote))
@@ -146,7 +147,7 @@ class Link:
             return
         try:
             if self._connection.post(message, trio.current_time(), urgent=urgent):
-                self._wake.set()
+                self._hub.flusher.soon(self)
         except QueueFull as error:
             self.end(str(error), code=websocket.VIOLATION)
 
@@ -171,7 +172,7 @@ class Link:
         except SwarmError as error:
             self.end(str(error), code=websocket.REFUSED if self.hello is None else websocket.GOING_AWAY)
         if self._connection.flush_at <= now:
-            self._wake.set()
+            self._hub.flusher.soon(self)
         return min(self._connection.deadline(), self._sending_since + SEND_SECONDS)
 
     async def run(self) -> None:
@@ -191,20 +192,25 @@ class Link:
     # --- inside --------------------------------------------------------------------------------------------------
 
     async def _guard(self, body: Callable[[], Awaitable[None]]) -> None:
-        """Whatever goes wrong on this connection ends this connection, and nothing else."""
         try:
             await body()
-        except RemoteProtocolError as error:
-            self._hub.peer_violated(self, str(error))
-            self.end(str(error), code=websocket.VIOLATION)
-        except SwarmError as error:
-            log.debug("connection ended", peer=self.node_id, reason=str(error))
-            self.end(str(error), code=websocket.REFUSED if self.hello is None else 1000)
-        except trio.TooSlowError:
-            self.end(f"no opening handshake within {SETUP_SECONDS:g} s", code=websocket.REFUSED)
-        except Exception:
-            log.exception("connection failed", peer=self.node_id)
-            self.end("internal error", code=1011)
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        """Whatever goes wrong on this connection ends this connection, and nothing else."""
+        match error:
+            case RemoteProtocolError():
+                self._hub.peer_violated(self, str(error))
+                self.end(str(error), code=websocket.VIOLATION)
+            case SwarmError():
+                log.debug("connection ended", peer=self.node_id, reason=str(error))
+                self.end(str(error), code=websocket.REFUSED if self.hello is None else 1000)
+            case trio.TooSlowError():
+                self.end(f"no opening handshake within {SETUP_SECONDS:g} s", code=websocket.REFUSED)
+            case _:
+                log.error("connection failed", peer=self.node_id, exc_info=error)
+                self.end("internal error", code=1011)
 
     async def _read(self) -> None:
         raise PeerError(await self._socket.read())
@@ -215,20 +221,28 @@ class Link:
         if not self._hub.is_arbiter(self.node_id):
             self._hub.check_room(self)  # before the other side believes that it has a link
             self.queue(self._hub.make_hello(self.ticket))
-        connection, socket = self._connection, self._socket
+        self._open = True
         while True:
-            frame = connection.next_frame(trio.current_time())
-            if frame is not None:
-                self._sending_since = trio.current_time()
-                await socket.send(frame)
-                self._sending_since = float("inf")
-                continue
-            self._wake = trio.Event()
-            if connection.flush_at == float("inf"):
-                await self._wake.wait()
-            else:
-                with trio.move_on_at(connection.flush_at):
-                    await self._wake.wait()
+            self._hub.flusher.soon(self)
+            await self._blocked.wait()
+            await self._socket.send_rest()
+            self._blocked = trio.Event()
+            self._sending_since = float("inf")
+
+    def flush(self, now: float) -> float:
+        """Send what is due, as far as the socket takes it.  For the hub's `Flusher`."""
+        if not self._open or self.ended or self._blocked.is_set():
+            return float("inf")
+        try:
+            while (frame := self._connection.next_frame(now)) is not None:
+                if not self._socket.send_nowait(frame):
+                    self._sending_since = now
+                    self._blocked.set()
+                    return float("inf")
+        except Exception as error:
+            self._failed(error)
+            return float("inf")
+        return self._connection.flush_at
 
     def _frame_received(self, frame_untrusted: bytes) -> None:
         if self.ended:
@@ -242,7 +256,7 @@ class Link:
                 return
             self._events.message_received(self, message)
         if self._connection.flush_at <= now:
-            self._wake.set()  # a ping to answer
+            self._hub.flusher.soon(self)  # a ping to answer
 
     @property
     def _events(self) -> PeerEvents:

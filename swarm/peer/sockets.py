@@ -163,6 +163,7 @@ class SocketStream(trio.abc.Stream):
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._rest = b""
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         # Nearly always nothing has come yet: waiting first saves a system call and an exception.
@@ -184,7 +185,8 @@ class SocketStream(trio.abc.Stream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-        unsent = memoryview(data)
+        unsent = memoryview(self._rest + data if self._rest else data)
+        self._rest = b""
         while unsent:
             try:
                 unsent = unsent[self._sock.send(unsent) :]
@@ -194,6 +196,26 @@ class SocketStream(trio.abc.Stream):
                 await self._wait(ssl.SSLWantWriteError())
             except (OSError, ValueError) as error:
                 raise self._error() from error
+
+    def send_nowait(self, data: bytes) -> bool:
+        """Send what the socket takes at once; `False` if something is left, which the next `send_all` sends before its own.
+
+        Not while a `send_all` runs.
+
+        Raises:
+            trio.BrokenResourceError, trio.ClosedResourceError: As `send_all`.
+        """
+        if self._rest:
+            self._rest += data
+            return False
+        try:
+            count = self._sock.send(data)
+        except WOULD_BLOCK:
+            count = 0
+        except (OSError, ValueError) as error:
+            raise self._error() from error
+        self._rest = data[count:]
+        return not self._rest
 
     async def wait_send_all_might_not_block(self) -> None:
         await trio.lowlevel.wait_writable(self._sock)

@@ -22,6 +22,7 @@ from wsproto.utilities import RemoteProtocolError as WebSocketViolation
 from swarm import errors
 from swarm.errors import PeerError
 from swarm.peer.limits import Flood
+from swarm.peer.sockets import SocketStream
 from swarm.wire import MAX_FRAME_BYTES
 
 PATH: Final = "/swarm/1"
@@ -180,13 +181,14 @@ def _rejection(client: bool) -> Event | None:
 class ControlSocket:
     """An open WebSocket of our subprotocol on any stream.
 
-    `connect` or `accept` first, then `send` from one task while `read` runs in another.  The stream is closed by `aclose`.
+    `connect` or `accept` first, then `send_nowait` and `send_rest` while `read` runs in another task.  `aclose` closes it.
     """
 
     def __init__(
         self, stream: trio.abc.Stream, on_message: Callable[[bytes], None], *, client: bool, host: str = "swarm"
     ) -> None:
         self._stream = stream
+        self._unsent = b""
         self._frames = Frames(ConnectionType.CLIENT if client else ConnectionType.SERVER, on_message, trio.current_time)
         self._socket = WebSocketConnection(
             stream,
@@ -246,25 +248,36 @@ class ControlSocket:
         except (ConnectionClosed, WebSocketMisuse) as error:
             raise PeerError("connection lost") from error
 
-    async def send(self, message: bytes) -> None:
-        """
+    def send_nowait(self, message: bytes) -> bool:
+        """Send what goes at once; `False` if that is not all: `send_rest` then sends what is left.
+
         Raises:
             PeerError: The connection is closed.
         """
         if self._socket.closed:
             raise PeerError(self.close_reason)
-        # What `send_message` does, without a scheduling round for a lock that is free.
-        lock = self._socket._stream_lock
+        frame = self._frames.message(message)
+        stream = self._stream
+        if self._unsent or self._socket._stream_lock.locked() or not isinstance(stream, SocketStream):
+            self._unsent += frame
+            return False
         try:
-            lock.acquire_nowait()
-        except trio.WouldBlock:
-            await lock.acquire()  # the reader answers a close or a ping
-        try:
-            await self._stream.send_all(self._frames.message(message))
+            return stream.send_nowait(frame)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise PeerError("connection lost") from error
-        finally:
-            lock.release()
+
+    async def send_rest(self) -> None:
+        """What `send_nowait` left.
+
+        Raises:
+            PeerError: The connection is closed.
+        """
+        async with self._socket._stream_lock:  # the reader answers a close or a ping
+            unsent, self._unsent = self._unsent, b""
+            try:
+                await self._stream.send_all(unsent)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise PeerError("connection lost") from error
 
     async def aclose(self, code: int = 1000, reason: str = "") -> None:
         """Send a close frame if that is quickly done, then close the stream.  Safe to call when cancelled."""

@@ -31,6 +31,7 @@ from swarm.peer.link import Link
 from swarm.peer.pieces_channel import MAGIC, Pipe, frame, open_mac
 from swarm.peer.settings import PeerSettings
 from tests.integration.peers import TASK, Node, make_node, ordered_identities, running, until
+from tests.peer.sending import send
 
 CONTENT = random.Random(5).randbytes(3 << 20)
 
@@ -681,7 +682,7 @@ def test_a_member_that_sends_nonsense_is_closed_with_a_code_and_not_let_in_again
                 nursery.start_soon(control.read)
                 await control.connect()
                 for message in attack:
-                    await control.send(message)
+                    await send(control, message)
                 await until(lambda: control.close_code)
             await control.aclose()
             assert control.close_code == websocket.VIOLATION
@@ -881,7 +882,7 @@ def test_a_ping_is_answered_at_once():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(control.read)
                 await control.connect()
-                await control.send(wire.encode_frame([two.hub.make_hello(bytes(32)), wire.Ping(7)]))
+                await send(control, wire.encode_frame([two.hub.make_hello(bytes(32)), wire.Ping(7)]))
                 await spin(lambda: any(wire.Pong(7) in wire.decode_frame(frame) for frame in received))
                 await control.aclose()
                 nursery.cancel_scope.cancel()

@@ -16,6 +16,7 @@ from swarm.errors import PeerError, RemoteProtocolError
 from swarm.peer import websocket
 from swarm.peer.websocket import MAX_HEAD_BYTES, ControlSocket, Frames
 from swarm.wire import MAX_FRAME_BYTES
+from tests.peer.sending import send
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
@@ -242,8 +243,8 @@ def test_messages_go_both_ways_and_a_close_says_why():
             async with trio.open_nursery() as both:
                 both.start_soon(client.connect)
                 both.start_soon(server.accept)
-            await client.send(b"to the server")
-            await server.send(b"to the client" * 1000)
+            await send(client, b"to the server")
+            await send(server, b"to the client" * 1000)
             await trio.testing.wait_all_tasks_blocked()
             assert at_server == [b"to the server"]
             assert at_client == [b"to the client" * 1000]
@@ -251,7 +252,7 @@ def test_messages_go_both_ways_and_a_close_says_why():
         assert client.close_code == websocket.DUPLICATE
         assert "there is another" in reasons[0]
         with pytest.raises(PeerError):
-            await client.send(b"too late")
+            await send(client, b"too late")
         await client.aclose()
 
     run(main)
@@ -324,7 +325,7 @@ def test_what_the_receiver_of_messages_raises_ends_the_reader():
 
             async def open_and_send() -> None:
                 await server.accept()
-                await server.send(b"x")
+                await send(server, b"x")
 
             nursery.start_soon(open_and_send)
             with pytest.raises(RemoteProtocolError, match="no"):
