@@ -216,10 +216,10 @@ class Active:
         self.awaiting.discard(node_id)
         self.joined.set()
 
-    def join_message(self, *, reply: bool) -> wire.Join:
+    def join_message(self, receiver: NodeId, *, reply: bool) -> wire.Join:
         """Our part in the task."""
         return self.exchange.join_message(
-            reply=reply, complete=self.stored.complete, seal=self.seal, private=self.stored.private
+            receiver, reply=reply, complete=self.stored.complete, seal=self.seal, private=self.stored.private
         )
 
 

@@ -25,6 +25,9 @@ from swarm.task import MIN_PIECE_BYTES, Geometry
 NodeId = bytes
 INFINITY = float("inf")
 
+NO_NEWS = -1
+"""In place of a piece that was lost before everybody was told of it."""
+
 MAX_TOLD = 4096
 """Pieces in one message; `wire` refuses more."""
 
@@ -164,7 +167,9 @@ class Exchange:
         self._rng = rng
         self._rendezvous = Rendezvous(task_id)
         self._actions: list[Action] = []
-        self._fresh: list[int] = []
+        self._news: list[int] = []
+        self._greeted: dict[NodeId, int] = {}
+        self._rare = False
         self._flush_at = INFINITY
         self._late_at = INFINITY
         self._tick_at = now
@@ -276,8 +281,17 @@ class Exchange:
             self.settled = True
             self._last_progress = now
 
-    def join_message(self, *, reply: bool, complete: bool, seal: wire.Signed | None, private: bool) -> wire.Join:
-        """Our part in the task, for a neighbour."""
+    def join_message(
+        self, receiver: NodeId, *, reply: bool, complete: bool, seal: wire.Signed | None, private: bool
+    ) -> wire.Join:
+        """Our part in the task, for a neighbour or one that may become one: what is verified from now on it is told of."""
+        neighbour = self.neighbours.get(receiver)
+        if neighbour is not None:
+            neighbour.told = len(self._news)
+        else:
+            while len(self._greeted) >= MAX_JOINERS:
+                del self._greeted[next(iter(self._greeted))]
+            self._greeted[receiver] = len(self._news)
         return wire.Join(
             self.task_id,
             self.geometry.length,
@@ -307,7 +321,8 @@ class Exchange:
         held = pieces.full(count) if join.complete else pieces.from_wire(join.held, count)
         known = self.neighbours.get(node_id)
         if known is None:
-            known = Neighbour(node_id, self.distance(node_id), pieces.none(count), last_spread=now, gave=now)
+            told = self._greeted.pop(node_id, 0)
+            known = Neighbour(node_id, self.distance(node_id), pieces.none(count), told=told, last_spread=now, gave=now)
             self.neighbours[node_id] = known
             self._mesh = None
             self._introduce(known)
@@ -474,9 +489,8 @@ class Exchange:
             return
         for piece in gone:
             self.held[piece] = False
-        self._fresh = [piece for piece in self._fresh if piece not in gone]
+        self._news = [NO_NEWS if piece in gone else piece for piece in self._news]
         for neighbour in self.neighbours.values():
-            neighbour.untold = [piece for piece in neighbour.untold if piece not in gone]
             for start in range(0, len(gone), MAX_TOLD):
                 self._do(Send(neighbour.node_id, wire.Lost(self.task_id, gone[start : start + MAX_TOLD])))
 
@@ -641,33 +655,44 @@ class Exchange:
     # telling
 
     def _tell(self, piece: int, now: float) -> None:
-        if not self.neighbours:
-            return
-        self._fresh.append(piece)
-        rare = self.counts[piece] <= self.policy.have_rare
-        self._flush_at = min(self._flush_at, now if rare else now + self.policy.have_batch_of(self.geometry))
+        self._news.append(piece)
+        self._rare = self._rare or self.counts[piece] <= self.policy.have_rare
+        self._flush_at = min(self._flush_at, now + self.policy.have_batch_of(self.geometry))
 
     def _flush(self, now: float) -> None:
-        if self._flush_at <= now:
-            self._flush_at = INFINITY
-            fresh, self._fresh = self._fresh, []
-            for neighbour in self.neighbours.values():
-                lacks = [piece for piece in fresh if not neighbour.held[piece]]
-                if lacks and not neighbour.complete:
-                    self._send_have(neighbour, lacks)
-                if len(lacks) < len(fresh):
-                    neighbour.untold += [piece for piece in fresh if neighbour.held[piece]]
-                    self._late_at = min(self._late_at, now + self.policy.have_late)
+        """Tell what is new: what is rare at once, to a few; the rest in batches; and late to those it helps little."""
         if self._late_at <= now:
-            self._late_at = INFINITY
-            for neighbour in self.neighbours.values():
-                if neighbour.untold:
-                    untold, neighbour.untold = neighbour.untold, []
-                    self._send_have(neighbour, untold)
+            self._late_at = self._flush_at = INFINITY
+            self._tell_news(self.neighbours.values())
+        elif self._flush_at <= now:
+            self._flush_at = INFINITY
+            lacking = [neighbour for neighbour in self.neighbours.values() if self._lacks_news(neighbour)]
+            self._tell_news(lacking)
+            if len(lacking) < len(self.neighbours):
+                self._late_at = min(self._late_at, now + self.policy.have_late)
+        elif self._rare:
+            lacking = [neighbour for neighbour in self.neighbours.values() if self._lacks_news(neighbour)]
+            self._tell_news(self._rng.sample(lacking, min(self.policy.have_at_once, len(lacking))))
+        self._rare = False
 
-    def _send_have(self, neighbour: Neighbour, told: list[int]) -> None:
-        for start in range(0, len(told), MAX_TOLD):
-            self._do(Send(neighbour.node_id, wire.Have(self.task_id, told[start : start + MAX_TOLD])))
+    def _lacks_news(self, neighbour: Neighbour) -> bool:
+        """Whether we have anything new for it that it does not hold itself."""
+        if neighbour.complete:
+            return False
+        held = neighbour.held
+        return any(piece != NO_NEWS and not held[piece] for piece in self._news[neighbour.told :])
+
+    def _tell_news(self, neighbours: Iterable[Neighbour]) -> None:
+        """Everything these were not told of yet.  Those that are told the same are sent the same message, encoded once."""
+        messages: dict[int, list[wire.Have]] = {}
+        for neighbour in neighbours:
+            told, neighbour.told = neighbour.told, len(self._news)
+            if told not in messages:
+                news = [piece for piece in self._news[told:] if piece != NO_NEWS]
+                parts = [news[start : start + MAX_TOLD] for start in range(0, len(news), MAX_TOLD)]
+                messages[told] = [wire.Have(self.task_id, part) for part in parts]
+            for message in messages[told]:
+                self._do(Send(neighbour.node_id, message))
 
     def _tell_mesh(self, message: wire.TaskMessage) -> None:
         for neighbour in self.mesh():
@@ -870,8 +895,10 @@ class Exchange:
             return
         signed = [self._sign_claim(piece, self.reading[piece].lease) for piece in claimed]
         reached = b"".join(sorted(neighbour.node_id[:4] for neighbour in audience))
+        claims = wire.Claims(self.task_id, signed, reached)
         for neighbour in audience:
-            self._do(Send(neighbour.node_id, wire.Claims(self.task_id, signed, reached)))
+            self._do(Send(neighbour.node_id, claims))
+        self._tell_news(audience)  # in the same frames
 
     def _renew(self, now: float) -> None:
         """A read that will outlast its lease but makes real progress is claimed again, a few times at most."""

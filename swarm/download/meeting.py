@@ -151,7 +151,7 @@ class Meeting:
             return
         active.greeted.add(link.node_id)
         active.awaiting.add(link.node_id)
-        link.post(active.join_message(reply=True))
+        link.post(active.join_message(link.node_id, reply=True))
         record = self._parts.discovery.own_record(active.task.id)
         if record is not None:
             # Who is greeted by many sends them on to one another; the DHT keeps 64 records of a task.

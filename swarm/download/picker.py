@@ -27,7 +27,7 @@ class Neighbour:
     Attributes:
         queued: Pieces requested of it that have not started, and when they were.
         arriving: Pieces it is sending us.
-        untold: Pieces we hold that it was not told of, because it holds them too.
+        told: Of how many of the pieces that we verified it was told, in their order.
         last_spread: When a piece it had alone was last seen elsewhere.
         lost: How many pieces it has withdrawn so far.
         gave: When it last began to send a piece, or joined.
@@ -41,7 +41,7 @@ class Neighbour:
     complete: bool = False
     queued: dict[int, float] = field(default_factory=dict)
     arriving: set[int] = field(default_factory=set)
-    untold: list[int] = field(default_factory=list)
+    told: int = 0
     paused_until: float = 0.0
     failures: int = 0
     last_spread: float = 0.0

@@ -142,6 +142,9 @@ class Policy:
     Telling also the second and third holder's at once gains 2 % of the time (simulated) for 40 % more frames.
     """
 
+    have_at_once: int = 8
+    """to be written"""
+
     have_late: float = 3.0
     """Batching of `have` towards neighbours that hold the piece themselves: it only refines their rarity counts."""
 

@@ -644,7 +644,7 @@ class DownloadService:
         for node_id in active.exchange.neighbours:
             link = self._parts.link(node_id)
             if link is not None:
-                link.post(active.join_message(reply=False))
+                link.post(active.join_message(link.node_id, reply=False))
         active.touch()
 
     def _make_active(self, task: Task, stored: StoredTask, source: Source | None, info: OriginInfo | None) -> Active:
@@ -964,7 +964,7 @@ class DownloadService:
     def _asked(self, link: PeerLink, task_id: bytes) -> None:
         active = self._open(task_id)
         if active is not None and active.shared:
-            link.post(active.join_message(reply=False))
+            link.post(active.join_message(link.node_id, reply=False))
         elif not self._lobbies.asked(link.node_id, task_id):
             link.post(wire.Leave(task_id))
 
@@ -995,7 +995,7 @@ class DownloadService:
         if join.seal is not None:
             self._sealed(active, link, join.seal)
         if join.reply:
-            link.post(active.join_message(reply=False))
+            link.post(active.join_message(link.node_id, reply=False))
         if newcomer:
             self._meeting.introduce(active, link)
         active.answered(link.node_id)

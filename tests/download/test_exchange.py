@@ -652,6 +652,56 @@ def test_a_new_piece_is_told_to_those_who_lack_it_at_once_and_to_the_others_late
     assert (NEAR[1], wire.Have(TASK, [3])) in sent(engine.after(POLICY.have_late + 1), wire.Have)
 
 
+def test_a_rare_piece_is_told_at_once_to_a_few_and_to_the_others_with_the_next_batch() -> None:
+    others = [node_id(200 + number) for number in range(3 * POLICY.have_at_once)]
+    engine = Engine().joined(*others)
+    engine.finish(3)
+    at_once = [who for who, _ in sent(engine.after(), wire.Have)]
+    assert len(set(at_once)) == len(at_once) == POLICY.have_at_once
+    batch = [who for who, _ in sent(engine.after(POLICY.have_batch), wire.Have)]
+    assert sorted(at_once + batch) == sorted(others)
+
+
+def test_a_piece_that_many_hold_waits_for_the_batch() -> None:
+    engine = Engine(origin=False).joined(*NEAR[:4], held=[3]).joined(NEAR[4])
+    engine.finish(3)
+    assert sent(engine.after(POLICY.have_batch_of(GEOMETRY) / 2), wire.Have) == []
+    assert sent(engine.after(POLICY.have_batch), wire.Have) == [(NEAR[4], wire.Have(TASK, [3]))]
+
+
+def test_what_is_new_goes_with_a_claim_to_everybody_who_hears_it() -> None:
+    others = [node_id(200 + number) for number in range(2 * POLICY.have_at_once)]
+    engine = Engine().settled().joined(*others)
+    piece = next(iter(engine.reads()))
+    engine.after(POLICY.have_batch)
+    engine.finish(piece)
+    actions = engine.after()
+    claimed = [who for who, _ in sent(actions, wire.Claims)]
+    assert sorted(claimed) == sorted(others)
+    assert sorted(sent(actions, wire.Have)) == sorted((who, wire.Have(TASK, [piece])) for who in claimed)
+
+
+def test_neighbours_that_are_told_the_same_are_sent_the_same_message() -> None:
+    """It is encoded once, and a broadcast is what a busy node does most."""
+    engine = Engine().joined(*NEAR[:4])
+    engine.finish(3)
+    messages = [message for _, message in sent(engine.after(), wire.Have)]
+    assert len(messages) == 4
+    assert all(message is messages[0] for message in messages)
+
+
+def test_a_piece_verified_between_our_greeting_and_the_answer_is_told() -> None:
+    engine = Engine()
+    engine.finish(2)
+    greeting = engine.exchange.join_message(NEAR[0], reply=True, complete=False, seal=None, private=False)
+    assert pieces.from_wire(greeting.held, PIECES)[2]
+    engine.finish(3)
+    engine.after(POLICY.have_late)
+    engine.joined(NEAR[0])
+    engine.finish(4)
+    assert sent(engine.after(POLICY.have_batch), wire.Have) == [(NEAR[0], wire.Have(TASK, [3, 4]))]
+
+
 def test_a_complete_neighbour_is_told_of_no_new_piece_at_once() -> None:
     engine = Engine().joined(NEAR[0], complete=True)
     engine.finish(3)
