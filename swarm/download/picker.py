@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from swarm.download.policy import Policy
-from swarm.pieces import PieceSet, indices
+from swarm.pieces import PieceSet, indices, none
 
 NodeId = bytes
 
@@ -91,6 +91,29 @@ class Requests:
                 del self.queued[piece]
 
 
+class _Spares:
+    """Pieces that were asked for and have waited for a while, at not too many neighbours: they may be asked of another one too.
+
+    Whoever starts first sends it, and the others' requests are cancelled when its header is read here.  What is asked of two
+    that are idle both is sent by both, for neither cancel comes in time.
+    """
+
+    def __init__(self, requests: Requests, wanted: PieceSet, *, holders: int, asked_before: float) -> None:
+        self._requests = requests
+        self._wanted = wanted
+        self._holders = holders
+        self._asked_before = asked_before
+        self.pieces = none(len(wanted))
+        for piece in requests.queued:
+            self.look_at(piece)
+
+    def look_at(self, piece: int) -> None:
+        """It was asked for again, perhaps."""
+        asked = self._requests.queued[piece]
+        patient = len(asked) < self._holders and all(since <= self._asked_before for since in asked.values())
+        self.pieces[piece] = patient and bool(self._wanted[piece])
+
+
 def choose_requests(
     neighbours: Sequence[Neighbour],
     missing: PieceSet,
@@ -119,40 +142,44 @@ def choose_requests(
     """
     if len(requests.arriving) >= policy.arriving + extra:
         return []
-    chosen: list[tuple[Neighbour, int, bool]] = []
+    outstanding = policy.outstanding + 2 * extra
+    # What has waited long sits in the queue of a node that everybody asks, or is no longer rare there, and whatever is goes
+    # before it: something else is asked for in its place.
+    overdue = now - patience
+    expected = {n.node_id: sum(asked > overdue for asked in n.queued.values()) if n.queued else 0 for n in neighbours}
+    room = outstanding - len(requests.arriving) - sum(expected.values())
+    if room <= 0:
+        return []
     wanted = missing.copy()
     for under_way in requests.arriving:
         wanted[under_way] = False
     fresh = wanted.copy()
     for waiting in requests.queued:
         fresh[waiting] = False
-    outstanding = policy.outstanding + 2 * extra
     queued = policy.queued_at_each(len(neighbours), outstanding)
-    # What has waited long sits in the queue of a node that everybody asks, or is no longer rare there, and whatever is goes
-    # before it: something else is asked for in its place.
-    overdue = now - patience
-    expected = {n.node_id: sum(asked > overdue for asked in n.queued.values()) for n in neighbours}
-    room = outstanding - len(requests.arriving) - sum(expected.values())
     most = max(queued, policy.queued_overdue)
     order = [n for n in neighbours if expected[n.node_id] < queued and len(n.queued) < most and n.paused_until <= now]
     rng.shuffle(order)
     order.sort(key=lambda neighbour: len(neighbour.queued))
-    busy = fetching or bool(requests.arriving)
+    holders = policy.endgame_holders if fetching or requests.arriving else policy.endgame_holders_starving
+    spares = _Spares(requests, wanted, holders=holders, asked_before=now - spare_after)
+    may_spare = len(requests.arriving) < policy.spare_arriving
+    chosen: list[tuple[Neighbour, int, bool]] = []
     for neighbour in order:
         while expected[neighbour.node_id] < queued and len(neighbour.queued) < most and len(chosen) < room:
             piece = _pick(fresh & neighbour.held, counts, rng, first)
             spare = piece is None
-            if piece is None and not neighbour.queued and len(requests.arriving) < policy.spare_arriving:
-                piece = _pick_endgame(
-                    wanted & neighbour.held, requests, neighbour, counts, policy, rng,
-                    busy=busy, first=first, asked_before=now - spare_after,
-                )  # fmt: skip
+            if piece is None and may_spare and not neighbour.queued:
+                piece = _pick(spares.pieces & neighbour.held, counts, rng, first)
             if piece is None:
                 break
             fresh[piece] = False
             requests.add(neighbour, piece, now)
+            spares.look_at(piece)
             expected[neighbour.node_id] += 1
             chosen.append((neighbour, piece, spare))
+        if len(chosen) >= room:
+            break
     return chosen
 
 
@@ -168,28 +195,3 @@ def _pick(available: PieceSet, counts: Sequence[int], rng: Random, first: Sequen
         candidates = rng.sample(candidates, RAREST_SAMPLE)
     rarest = min(counts[piece] for piece in candidates)
     return rng.choice([piece for piece in candidates if counts[piece] == rarest])
-
-
-def _pick_endgame(
-    available: PieceSet,
-    requests: Requests,
-    neighbour: Neighbour,
-    counts: Sequence[int],
-    policy: Policy,
-    rng: Random,
-    *,
-    busy: bool,
-    first: Sequence[int],
-    asked_before: float,
-) -> int | None:
-    """Ask again for something that waits elsewhere, and has for a while: whoever starts first sends it.
-
-    The others' transfers are cancelled when the first one's header is read here.  What is asked of two that are idle both is
-    sent by both, for neither cancel comes in time.
-    """
-    bound = policy.endgame_holders if busy else policy.endgame_holders_starving
-    for candidate in list(indices(available)):
-        asked = requests.queued.get(candidate, {})
-        if len(asked) >= bound or neighbour.node_id in asked or any(since > asked_before for since in asked.values()):
-            available[candidate] = False
-    return _pick(available, counts, rng, first)
