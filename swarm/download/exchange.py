@@ -448,7 +448,7 @@ class Exchange:
             self._cancel(other_id, piece)
         if source is None and not self.counts[piece] and self.neighbours:
             self._unspread.add(piece)
-        self._tell(piece, now)
+        self._tell(piece, now, claimed=source is None)
 
     def piece_failed(self, node_id: NodeId, piece: int, now: float, *, status: int, gone: bool = False) -> None:
         """A request came to nothing.
@@ -654,10 +654,11 @@ class Exchange:
 
     # telling
 
-    def _tell(self, piece: int, now: float) -> None:
+    def _tell(self, piece: int, now: float, *, claimed: bool) -> None:
         self._news.append(piece)
         self._rare = self._rare or self.counts[piece] <= self.policy.have_rare
-        self._flush_at = min(self._flush_at, now + self.policy.have_batch_of(self.geometry))
+        # A claim is answered at once: it may be close to running out.
+        self._flush_at = min(self._flush_at, now if claimed else now + self.policy.have_batch_of(self.geometry))
 
     def _flush(self, now: float) -> None:
         """Tell what is new: what is rare at once, to a few; the rest in batches; and late to those it helps little."""

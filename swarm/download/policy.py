@@ -129,11 +129,11 @@ class Policy:
     endgame_holders: int = 3
     endgame_holders_starving: int = 16
 
-    have_batch: float = 0.5
+    have_batch: float = 1.0
     """Batching of `have` for pieces that neighbours hold already: half a second costs 1 % of the time of a quarter
     (simulated) and spares a fifth of its frames, which is what many daemons on few cores spend their time on."""
 
-    have_batch_per_piece: float = 0.0025
+    have_batch_per_piece: float = 0.005
     """Content of few pieces is over soon and has few frames: at most so long a batch for each of its pieces."""
 
     have_rare: int = 2

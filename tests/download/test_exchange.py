@@ -654,17 +654,24 @@ def test_a_new_piece_is_told_to_those_who_lack_it_at_once_and_to_the_others_late
 
 def test_a_rare_piece_is_told_at_once_to_a_few_and_to_the_others_with_the_next_batch() -> None:
     others = [node_id(200 + number) for number in range(3 * POLICY.have_at_once)]
-    engine = Engine().joined(*others)
-    engine.finish(3)
+    engine = Engine(origin=False).joined(*others).joined(NEAR[0], held=[3])
+    engine.exchange.piece_verified(3, NEAR[0], engine.now)
     at_once = [who for who, _ in sent(engine.after(), wire.Have)]
     assert len(set(at_once)) == len(at_once) == POLICY.have_at_once
     batch = [who for who, _ in sent(engine.after(POLICY.have_batch), wire.Have)]
     assert sorted(at_once + batch) == sorted(others)
 
 
+def test_a_piece_read_from_the_origin_is_told_to_everybody_at_once_for_their_leases_run() -> None:
+    others = [node_id(200 + number) for number in range(2 * POLICY.have_at_once)]
+    engine = Engine().joined(*others)
+    engine.finish(3)
+    assert sorted(who for who, _ in sent(engine.after(), wire.Have)) == sorted(others)
+
+
 def test_a_piece_that_many_hold_waits_for_the_batch() -> None:
     engine = Engine(origin=False).joined(*NEAR[:4], held=[3]).joined(NEAR[4])
-    engine.finish(3)
+    engine.exchange.piece_verified(3, NEAR[0], engine.now)
     assert sent(engine.after(POLICY.have_batch_of(GEOMETRY) / 2), wire.Have) == []
     assert sent(engine.after(POLICY.have_batch), wire.Have) == [(NEAR[4], wire.Have(TASK, [3]))]
 
