@@ -136,7 +136,7 @@ class Policy:
     have_batch_per_piece: float = 0.005
     """Content of few pieces is over soon and has few frames: at most so long a batch for each of its pieces."""
 
-    have_rare: int = 2
+    have_rare: int = 1
     """Pieces that at most so many neighbours hold are told at once: those just read from the origin.
 
     Telling also the second and third holder's at once gains 2 % of the time (simulated) for 40 % more frames.
