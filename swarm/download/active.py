@@ -12,6 +12,7 @@ import trio
 from swarm import wire
 from swarm.download.exchange import Exchange
 from swarm.download.members import Members
+from swarm.download.pace import Pace
 from swarm.download.policy import Policy
 from swarm.edges import (
     Discovery,
@@ -27,9 +28,6 @@ from swarm.edges import (
 )
 from swarm.errors import NotPermitted, OriginError, SwarmError
 from swarm.task import Geometry, Task, blob_task
-
-GATHER_SECONDS = 0.005
-"""A burst of messages and pieces is gathered so long before the exchange decides: waking for each is what costs a busy node."""
 
 WHOLE_CHECKED = -1
 """What a reader waits for that has every piece: the digest of the whole content."""
@@ -115,7 +113,7 @@ class Active:
 
     Attributes:
         info: What the origin said; `None` where it was not asked.
-        timer: The driver's sleep; see `touch`.
+        pace: When its driver decides anew; see `touch`.
         done: The download is over: the wanted pieces are here and checked, or `error` says why not.
         joined: Set when somebody we greeted or dialled answered or failed.
         awaiting: Greeted, and not answered yet.
@@ -142,8 +140,7 @@ class Active:
     info: OriginInfo | None
     started: float
     shared: bool
-    timer: trio.CancelScope = field(default_factory=trio.CancelScope)
-    touched: bool = False
+    pace: Pace = field(default_factory=Pace)
     done: trio.Event = field(default_factory=trio.Event)
     joined: trio.Event = field(default_factory=trio.Event)
     error: SwarmError | None = None
@@ -193,10 +190,12 @@ class Active:
         return self.task.digest is not None and blob_task(self.task.digest).id == self.task.id
 
     def touch(self) -> None:
-        """Something changed: the driver is to decide anew."""
-        if not self.touched:  # else its time is set: a busy node is touched six times for each decision
-            self.touched = True
-            self.timer.deadline = min(self.timer.deadline, trio.current_time() + GATHER_SECONDS)
+        """Something changed that cannot wait: the driver is to decide anew."""
+        self.pace.soon()
+
+    def touch_lightly(self) -> None:
+        """Something changed as it does with each message and piece: on a busy machine one decision is made for many."""
+        self.pace.at_leisure()
 
     def awaited(self, piece: int) -> trio.Event:
         """Set when this piece is verified (or the whole checked), and when the download ends in whatever way."""

@@ -130,7 +130,7 @@ class PeerRequests:
         now = pending.started = trio.current_time()
         if not pending.cancelled:
             active.exchange.piece_started(link.node_id, pending.piece, now)
-            active.touch()
+            active.touch_lightly()
         return True
 
     def _vouched(self, active: Active, piece: int, proof: wire.Signed, certificate_untrusted: bytes) -> bytes:
@@ -161,7 +161,10 @@ class PeerRequests:
             self._blame.sender(active, link, "bytes that do not match the proof sent with them")
         else:
             self._keep(link, pending, digest, data)
-        active.touch()
+        if active.exchange.complete:
+            active.touch()  # nobody waits longer for the last piece
+        else:
+            active.touch_lightly()
 
     def _keep(self, link: PeerLink, pending: Pending, digest: bytes, data: memoryview) -> None:
         """Verified bytes: write them, unless they come too late."""
@@ -195,4 +198,4 @@ class PeerRequests:
             return
         active.request_ids.pop((link.node_id, pending.piece), None)
         active.exchange.piece_failed(link.node_id, pending.piece, trio.current_time(), status=status, gone=pending.cancelled)
-        active.touch()
+        active.touch_lightly()

@@ -26,7 +26,7 @@ import trio
 
 from swarm import pieces, proofs, wire
 from swarm.download import exchange as ex
-from swarm.download.active import GATHER_SECONDS, Active, Parts, Totals, Traffic
+from swarm.download.active import Active, Parts, Totals, Traffic
 from swarm.download.bans import Bans
 from swarm.download.blame import Blame
 from swarm.download.claims import WHOLE
@@ -711,15 +711,7 @@ class DownloadService:
                     self._give_up_if_hopeless(active, now)
             elif self._is_idle(active, now):
                 return
-            await self._sleep(active, min(exchange.next_deadline(), now + IDLE_SECONDS))
-
-    @staticmethod
-    async def _sleep(active: Active, until: float) -> None:
-        if active.touched:
-            until = min(until, trio.current_time() + GATHER_SECONDS)
-        with trio.CancelScope(deadline=until) as active.timer:
-            await trio.sleep_forever()
-        active.touched = False
+            await active.pace.sleep_until(min(exchange.next_deadline(), now + IDLE_SECONDS))
 
     @staticmethod
     def _is_idle(active: Active, now: float) -> bool:
@@ -959,7 +951,7 @@ class DownloadService:
                 self._meeting.introduced(active, records)
             case _:
                 assert_never(message)
-        active.touch()
+        active.touch_lightly()
 
     def _asked(self, link: PeerLink, task_id: bytes) -> None:
         active = self._open(task_id)

@@ -87,4 +87,4 @@ class Serving:
         if sent == active.geometry.size(request.piece):
             self._parts.totals.pieces_to_peers += 1
             active.exchange.piece_uploaded(node_id, request.piece, trio.current_time())
-            active.touch()
+            active.touch_lightly()
