@@ -489,7 +489,8 @@ class Exchange:
             return
         for piece in gone:
             self.held[piece] = False
-        self._news = [NO_NEWS if piece in gone else piece for piece in self._news]
+        lost_now = set(gone)
+        self._news = [NO_NEWS if piece in lost_now else piece for piece in self._news]
         for neighbour in self.neighbours.values():
             for start in range(0, len(gone), MAX_TOLD):
                 self._do(Send(neighbour.node_id, wire.Lost(self.task_id, gone[start : start + MAX_TOLD])))
@@ -661,7 +662,7 @@ class Exchange:
         self._flush_at = min(self._flush_at, now if claimed else now + self.policy.have_batch_of(self.geometry))
 
     def _flush(self, now: float) -> None:
-        """Tell what is new: what is rare at once, to a few; the rest in batches; and late to those it helps little."""
+        """Tell what is new: what is rare at once, to a few; the rest in batches; late to those that hold all of it anyway."""
         if self._late_at <= now:
             self._late_at = self._flush_at = INFINITY
             self._tell_news(self.neighbours.values())
@@ -669,7 +670,7 @@ class Exchange:
             self._flush_at = INFINITY
             lacking = [neighbour for neighbour in self.neighbours.values() if self._lacks_news(neighbour)]
             self._tell_news(lacking)
-            if len(lacking) < len(self.neighbours):
+            if any(neighbour.told < len(self._news) for neighbour in self.neighbours.values()):
                 self._late_at = min(self._late_at, now + self.policy.have_late)
         elif self._rare:
             lacking = [neighbour for neighbour in self.neighbours.values() if self._lacks_news(neighbour)]
