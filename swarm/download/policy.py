@@ -131,8 +131,8 @@ class Policy:
 
     have_batch: float = 1.0
     """Batching of `have` for pieces that neighbours hold already: a second costs no time against half of one (simulated), for
-    what is new also goes with every claim, and spares a fifth of the frames, which is what many daemons on few cores spend
-    their time on."""
+    what is new also goes with every claim, and spares a seventh to a quarter of the frames, which is what many daemons on few
+    cores spend their time on."""
 
     have_batch_per_piece: float = 0.005
     """Content of few pieces is over soon and has few frames: at most so long a batch for each of its pieces."""
@@ -141,12 +141,12 @@ class Policy:
     """Pieces that came from a neighbour and that at most so many hold are told before the batch; those just read from the
     origin are told at once to everybody, as the answer to our claim.
 
-    1 instead of 2 spares 13 % of the frames (simulated) and costs half a percent of the time between real hosts.
+    1 instead of 2 spares 11-15 % of the frames (simulated) and costs half a percent of the time between real hosts.
     """
 
     have_at_once: int = 8
     """Neighbours, drawn anew each time, that are told a rare piece before the batch.  More of them could not be sent it at
-    once anyway: all of them instead of eight is 11-28 % more frames for the same time (simulated)."""
+    once anyway: all of them instead of eight is 14-28 % more frames for the same time (simulated)."""
 
     have_late: float = 3.0
     """Batching of `have` towards neighbours that hold the piece themselves: it only refines their rarity counts."""
