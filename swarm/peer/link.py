@@ -198,7 +198,7 @@ class Link:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        """Whatever goes wrong on this connection ends this connection, and nothing else."""
+        """Whatever goes wrong on this connection ends this connection, and nothing else.  Called where it was caught."""
         match error:
             case RemoteProtocolError():
                 self._hub.peer_violated(self, str(error))
@@ -209,7 +209,7 @@ class Link:
             case trio.TooSlowError():
                 self.end(f"no opening handshake within {SETUP_SECONDS:g} s", code=websocket.REFUSED)
             case _:
-                log.error("connection failed", peer=self.node_id, exc_info=error)
+                log.exception("connection failed", peer=self.node_id)
                 self.end("internal error", code=1011)
 
     async def _read(self) -> None:
