@@ -14,7 +14,7 @@ from swarm import wire
 from swarm.edges import Started
 from swarm.errors import LocalProtocolError, PeerError, RemoteProtocolError, SwarmError
 from swarm.peer.limits import Progress, ProgressRule, RateLimit
-from swarm.peer.pieces_channel import CHUNK_BYTES, MAGIC, NONCE_BYTES, OPEN_SECONDS, FrameReader, Pipe, Watch, frame
+from swarm.peer.pieces_channel import MAGIC, NONCE_BYTES, OPEN_SECONDS, FrameReader, Pipe, Watch, frame
 
 log = structlog.get_logger(__name__)
 
@@ -27,6 +27,10 @@ LONGEST_BACKOFF: Final = 8.0
 
 MAX_SIGNERS: Final = 4096
 """Certificates a server may believe we know; both sides start anew when there are more."""
+
+WAIT_BYTES: Final = 1024 * 1024
+"""Waited for, and then hashed, at a time; what has come beyond is read with it.  Each read tells the sender of the room it
+made: reads of half a megabyte at most take a quarter more time, and processor time (`one-to-one`)."""
 
 _SMALLEST_BUFFER: Final = 256 * 1024
 _KEPT_BUFFERS: Final = 4
@@ -270,12 +274,12 @@ class Fetcher:
         if limited:
             self._rate.take(task_id, filled, trio.current_time())
         while filled < total:
-            stop = min(total, hashed + CHUNK_BYTES)
+            stop = total
             if limited:
-                stop = filled + await self._allowed(task_id, stop - filled, progress)
+                stop = filled + await self._allowed(task_id, min(total, hashed + WAIT_BYTES) - filled, progress)
             count = pipe.receive_nowait(view[filled:stop])
             if count is None:
-                await pipe.wait_readable(stop - filled)
+                await pipe.wait_readable(min(stop, hashed + WAIT_BYTES) - filled)
                 continue
             if not count:
                 raise PeerError("channel closed by peer inside a piece")
@@ -285,7 +289,7 @@ class Fetcher:
             progress.moved(count, now)
             if limited:
                 self._rate.take(task_id, count, now)
-            if filled - hashed >= CHUNK_BYTES:
+            if filled - hashed >= WAIT_BYTES:
                 hasher.update(view[hashed:filled])
                 hashed = filled
                 await trio.lowlevel.checkpoint()

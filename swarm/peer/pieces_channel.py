@@ -43,8 +43,7 @@ TLS_RECORD: Final = 0x16
 NONCE_BYTES: Final = 32
 
 CHUNK_BYTES: Final = 512 * 1024
-"""Hashed, and sent, at a time: half a megabyte costs 7 % less processor time than a quarter (`one-to-one`), and a whole one
-no less."""
+"""Sent at a time, of what is in memory."""
 
 OPEN_SECONDS: Final = 10.0
 """From dialling to `ChannelOpen`."""
