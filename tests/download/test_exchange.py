@@ -677,15 +677,17 @@ def test_a_piece_that_many_hold_waits_for_the_batch() -> None:
 
 
 def test_what_is_new_goes_with_a_claim_to_everybody_who_hears_it() -> None:
+    """Also to those that hold it themselves, who would hear it late."""
     others = [node_id(200 + number) for number in range(2 * POLICY.have_at_once)]
-    engine = Engine().settled().joined(*others)
+    engine = Engine().settled().joined(*others, held=[3])
     piece = next(iter(engine.reads()))
-    engine.after(POLICY.have_batch)
-    engine.finish(piece)
-    actions = engine.after()
+    engine.after(1.0)
+    engine.exchange.piece_verified(3, others[0], engine.now)
+    engine.exchange.reading[piece].done = 0.5  # so that it is claimed again
+    actions = engine.after(2.0)
     claimed = [who for who, _ in sent(actions, wire.Claims)]
     assert sorted(claimed) == sorted(others)
-    assert sorted(sent(actions, wire.Have)) == sorted((who, wire.Have(TASK, [piece])) for who in claimed)
+    assert sorted(sent(actions, wire.Have)) == sorted((who, wire.Have(TASK, [3])) for who in claimed)
 
 
 def test_neighbours_that_are_told_the_same_are_sent_the_same_message() -> None:

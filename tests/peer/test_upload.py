@@ -44,7 +44,7 @@ class Source:
         self.calls: Counter[str] = Counter()
 
     def serve(self, node_id: NodeId, request: wire.Request, *, encrypted: bool) -> Served | int:
-        raise NotImplementedError
+        raise AssertionError("it chooses; who drives it sends")
 
     def replication(self, task_id: bytes, piece: int) -> int:
         self.calls["replication"] += 1
@@ -55,7 +55,7 @@ class Source:
         return self.held.get(node_id, 0)
 
     def uploaded(self, node_id: NodeId, request: wire.Request, sent: int) -> None:
-        raise NotImplementedError
+        raise AssertionError("it chooses; who drives it sends")
 
 
 def make(source: Source | None = None) -> Uploader:
