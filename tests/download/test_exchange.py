@@ -763,6 +763,18 @@ def test_a_newcomer_hears_what_we_are_reading() -> None:
     assert (who, claimed) == (NEAR[0], reading)
 
 
+def test_a_neighbour_that_left_hears_no_claim_and_is_not_said_to_have_been_reached() -> None:
+    stays, leaves = node_id(200), node_id(201)
+    engine = Engine().settled().joined(stays, leaves)
+    piece = next(iter(engine.reads()))
+    engine.exchange.peer_left(leaves, engine.now)
+    engine.exchange.reading[piece].done = 0.5  # so that it is claimed again
+    told = sent(engine.after(POLICY.lease_first), wire.Claims)
+    assert told
+    assert {who for who, _ in told} == {stays}
+    assert {message.reached for _, message in told} == {stays[:4]}
+
+
 def test_a_claim_is_relayed_once_to_those_its_owner_could_not_reach() -> None:
     engine = Engine().joined(*NEAR[:4])
     claim = engine._sign(3, 3.0)
