@@ -874,6 +874,36 @@ def freeze(node: Node, link: Link) -> None:
     link.tick = lambda now: float("inf")  # type: ignore[method-assign]
 
 
+def test_what_a_peer_that_does_not_read_leaves_in_our_socket_arrives_whole_and_in_order_when_it_does():
+    async def main() -> None:
+        one, two = make_node(), make_node()
+        async with running(one, two):
+            link = await two.connect(one)
+            await until(lambda: one.service.ups)
+            (theirs,) = one.service.ups
+            assert isinstance(theirs, Link)
+            stream, reads = theirs._socket._stream, trio.Event()
+            receive = stream.receive_some
+
+            async def receive_later(max_bytes: int | None = None) -> bytes:
+                await reads.wait()
+                return bytes(await receive(max_bytes))
+
+            stream.receive_some = receive_later  # type: ignore[method-assign]
+            posted: list[wire.TaskMessage] = []
+            while not link._blocked.is_set() or len(posted) % 8:  # and some more behind what is stuck
+                posted.append(wire.Peers(TASK, [len(posted).to_bytes(4, "big") * 100] * 32))
+                link.post(posted[-1])
+                await trio.testing.wait_all_tasks_blocked()
+            assert len(one.service.messages) < len(posted)
+            reads.set()
+            await until(lambda: len(one.service.messages) == len(posted))
+            assert [message for _, message in one.service.messages] == posted
+            assert link.up
+
+    run(main)
+
+
 def test_a_ping_is_answered_at_once():
     async def main(clock: trio.testing.MockClock) -> None:
         one, two = make_node(), make_node()
